@@ -1,0 +1,139 @@
+"""The contracts between the job runner and the algorithm plugins.
+
+A plugin is a :class:`CompressionAlgorithm`: a frozen configuration and an ordered list of stages. A stage is a function
+from a context and an input artifact to an output artifact; what it leaves on disk is all that the next stage sees.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from algorithms.modeling.source import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """What one stage leaves for the next: a folder, what is in it, and the key of the stage that wrote it.
+
+    ``kind`` is ``"model"`` for a Hugging Face folder and ``"<algorithm>-<stage>"`` for a plugin's own layout. ``digest``
+    names the content: equal digests mean that a later stage would compute the same result from it.
+    """
+
+    kind: str
+    directory: Path
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRequest:
+    """The calibration text a stage asks for: ``num_samples`` sequences of ``sequence_length`` tokens.
+
+    ``validation_samples`` of them (chosen by ``seed``) are handed over as ``StageContext.validation_tokens``. With ``packed``
+    false, every document becomes one sequence that is cut at ``sequence_length``, never joined with its neighbours.
+    """
+
+    num_samples: int
+    sequence_length: int
+    seed: int
+    validation_samples: int = 0
+    packed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """This process among those that run the job together: rank 0 of 1 unless a launcher started several."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+
+class Progress(Protocol):
+    """Opens a progress display of ``total`` steps; the value it yields is called once a step with a short note."""
+
+    def __call__(self, description: str, total: int) -> AbstractContextManager[Callable[[str], None]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """All that a stage may use; there is no other state.
+
+    ``output_dir`` survives a kill: the stage resumes from whatever it finds there (the runner empties it first when the
+    stage's key has changed) and it is renamed into place when the stage returns. ``scratch_dir`` is deleted after the stage.
+    ``metrics`` appends one line to the job's metrics.jsonl; ``evaluate`` returns named figures of a running model, for
+    stages that select on them. Token sequences are int64 tensors of shape [1, length].
+    """
+
+    source: ModelSource
+    tokens: Sequence[Tensor]
+    validation_tokens: Sequence[Tensor]
+    output_dir: Path
+    scratch_dir: Path
+    device: torch.device
+    process: Process
+    seed: int
+    metrics: Callable[[Mapping[str, object]], None]
+    progress: Progress
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One stage of an algorithm.
+
+    ``settings`` holds every configuration value that shapes the result, and nothing else: it is what "resume by digest"
+    compares. ``directory`` is the folder under the job's ``tmp/``. ``reuse_on_new_data`` marks a stage whose finished result
+    is kept, with a warning, when only the data set of the recipe has changed. ``version`` changes with the mathematics.
+    """
+
+    name: str
+    run: Callable[[StageContext, Artifact], Artifact]
+    directory: str
+    kind: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+    tokens: TokenRequest | None = None
+    distributed: bool = False
+    reuse_on_new_data: bool = False
+    version: int = 1
+
+
+class CompressionAlgorithm(ABC):
+    """A plugin. The constructor only keeps its arguments; all work happens in the stages.
+
+    ``config`` is an instance of the plugin's ``Config``. ``exports`` are the formats that the recipe asked for, a subset of
+    ``formats``, whose first entry is the plugin's default. The stage that exports writes the first format into its
+    ``output_dir`` and every further one into ``output_dir/exports/<format>``.
+    """
+
+    name: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: BaseModel, exports: Sequence[str] = ()) -> None:
+        self.config = config
+        self.exports = tuple(exports) or self.formats[:1]
+
+    @abstractmethod
+    def stages(self) -> Sequence[StageSpec]:
+        """The stages of this configuration, in order."""
+
+    @abstractmethod
+    def load(self, artifact: Artifact) -> nn.Module:
+        """Any artifact of this algorithm as a float32 Hugging Face model that runs, with the values that would be exported."""
+
+    @abstractmethod
+    def bits(self, artifact: Artifact) -> Mapping[str, float]:
+        """Stored bits of an artifact: total bits of each component (codes, codebooks, ...) and ``parameters``, the number of compressed weights."""
