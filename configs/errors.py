@@ -1,0 +1,100 @@
+"""The errors that a user can cause, and the exit codes they end a command with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+VALUE_LENGTH = 80  # characters of a bad value that a problem repeats
+
+
+class ExitCode(IntEnum):
+    """What a finished command tells its caller."""
+
+    DONE = 0
+    RECIPE = 2
+    ENVIRONMENT = 3
+    OUT_OF_MEMORY = 4
+    CERTIFICATE = 5
+    INTERRUPTED = 75
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeProblem:
+    """One thing that is wrong in a recipe.
+
+    ``key`` is the dotted path of the value, ``line`` counts from 1 and is None where no line can be named (an override on
+    the command line, whose text then stands in ``file``). ``nearest`` is the valid spelling that was probably meant.
+    """
+
+    file: str
+    line: int | None
+    key: str
+    value: object
+    expected: str
+    nearest: str | None = None
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        lines = [f"{place}: {self.key}" if self.key else place]
+        if self.value is not Absent:
+            lines.append(f"  found     {shown(self.value)}")
+        lines.append(f"  expected  {self.expected}")
+        if self.nearest is not None:
+            lines.append(f"  nearest   {self.nearest}")
+        return "\n".join(lines)
+
+
+class Absent:
+    """Stands for the value of a problem that is not about a value: a missing key, an unreadable file."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used, with every problem that was found in it."""
+
+    def __init__(self, problems: Iterable[RecipeProblem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count != 1 else ''} in the recipe:"
+        return "\n\n".join([head, *(str(problem) for problem in self.problems)])
+
+
+class UnknownAlgorithm(KeyError):  # noqa: N818 - the name that the loader's contract gives it
+    """A name that no row of the registry has.
+
+    ``known`` lists what this version offers; ``planned`` says that the name is an algorithm, but not one of this version.
+    """
+
+    def __init__(self, name: str, known: Sequence[str], *, planned: bool = False) -> None:
+        self.name, self.known, self.planned = name, tuple(known), planned
+        super().__init__(name)
+
+    def __str__(self) -> str:
+        listed = ", ".join(self.known)
+        if self.planned:
+            return f"{self.name} is not in this version, which has: {listed}"
+        return f"{self.name} is no algorithm; this version has: {listed}"
+
+
+class DataError(ValueError):
+    """Data, a model or a path that a user can put right: the message says what, where, and which key to change."""
+
+
+class MissingEnvironmentError(RuntimeError):
+    """Something that this machine lacks: a package, a device. The message says how to get it."""
+
+
+class CertificateError(RuntimeError):
+    """A written format that its own client reads differently, or a quality gate that was not met."""
+
+
+def shown(value: object) -> str:
+    """A value as the problem repeats it: the way a recipe spells it, on one line, cut where it is long."""
+    names = {None: "null", True: "true", False: "false"}
+    text = names[value] if value is None or isinstance(value, bool) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= VALUE_LENGTH else f"{text[:VALUE_LENGTH]}..."

@@ -1,0 +1,152 @@
+"""The envelope of a recipe: model, data, job, algorithm name, exports and evaluation. The algorithm's own block is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from configs.names import check_format_string, dataset_name, devices, folder_name, model_name, token
+from configs.strict import StrictModel
+from configs.values import (
+    Choice,
+    Flag,
+    Nullable,
+    OptionalCount,
+    OptionalPath,
+    OptionalText,
+    Text,
+    Whole,
+    expected,
+    names,
+    nearest_name,
+    path,
+)
+
+EVALUATION_CORPORA = ("wikitext2", "ptb", "ptb_new", "c4", "c4_new")
+DEFAULT_MODEL = "huggyllama/llama-7b"
+SERVICES = ("kompress", "adapt")
+SPLITS = Choice(("train", "validation", "test"))
+
+
+def _known(given: tuple[str, ...], known: tuple[str, ...] | None, what: str) -> tuple[str, ...]:
+    """``given`` again, if all of it is among ``known``; None knows everything."""
+    for name in given:
+        if known is not None and name not in known:
+            raise expected(f"{what}: {', '.join(known)} (not {name})", nearest_name(name, known))
+    return given
+
+
+def _from_context(info: ValidationInfo, key: str) -> tuple[str, ...] | None:
+    """What the loader knows about the algorithm and the recipe, where there is a loader."""
+    return (info.context or {}).get(key)
+
+
+def _local_corpora(value: object) -> dict[str, Path | dict[str, Path]]:
+    """Reads CORPORA: the name of a text -> its file, or a file for each split."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise expected("a block of names, each with a file, or with files for train, validation and test")
+    return {
+        token(name): {SPLITS(split): path(file) for split, file in files.items()} if isinstance(files, Mapping) else path(files)
+        for name, files in value.items()
+    }
+
+
+def _service(value: object) -> str:
+    """Reads JOB_SERVICE in any case and keeps the case: it is a folder of the job's path."""
+    if not isinstance(value, str) or value.casefold() not in SERVICES:
+        raise expected("Kompress or Adapt", nearest_name(value, ("Kompress", "Adapt")) if isinstance(value, str) else None)
+    return value
+
+
+def _columns(value: object) -> tuple[str, ...]:
+    """Reads TEXT_COLUMN: "a,b" or a list, at least one name."""
+    found = names(value)
+    if not found:
+        raise expected("one or more names of columns")
+    return found
+
+
+class EvaluationConfig(StrictModel):
+    """What is measured once the stages are done. ``sequence_length`` and ``max_tokens`` count tokens."""
+
+    corpora: Annotated[tuple[str, ...], BeforeValidator(names)] = Field(default=(), alias="perplexity")
+    sequence_length: Annotated[int, BeforeValidator(Whole(2))] = 2048
+    max_tokens: OptionalCount = None
+    kl_divergence: Flag = True
+    tasks: Annotated[tuple[str, ...], BeforeValidator(names)] = ()
+
+    @field_validator("corpora")
+    @classmethod
+    def _corpora_are_known(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        local = _from_context(info, "corpora")
+        known = None if local is None else (*EVALUATION_CORPORA, *(name for name in local if name not in EVALUATION_CORPORA))
+        return _known(value, known, "texts to evaluate on, local ones named under CORPORA")
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_come_later(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            raise expected("[]: this version measures perplexity and KL divergence; tasks such as gsm8k:5 come later")
+        return value
+
+
+class Recipe(StrictModel):
+    """What a job is, but for the parameters of its algorithm. Relative paths count from the working folder."""
+
+    algorithm: Text = Field(alias="ALGORITHM")
+    task: Annotated[str, BeforeValidator(Choice(("llm",)))] = Field(default="llm", alias="TASK")
+    job_service: Annotated[str, BeforeValidator(_service)] = Field(default="Kompress", alias="JOB_SERVICE")
+    job_id: Annotated[str, BeforeValidator(folder_name)] = Field(alias="JOB_ID")
+    user_folder: Annotated[Path, BeforeValidator(path)] = Field(default=Path("user_data"), alias="USER_FOLDER")
+    cache_path: OptionalPath = Field(default=None, alias="CACHE_PATH")
+    logging_path: OptionalPath = Field(default=None, alias="LOGGING_PATH")
+    # Historical meaning: where the compressed model goes, in place of the job folder. Not where a model comes from.
+    model_path: OptionalPath = Field(default=None, alias="MODEL_PATH")
+    model: Annotated[str, BeforeValidator(model_name)] = Field(default=DEFAULT_MODEL, alias="MODEL")
+    custom_model_path: OptionalPath = Field(default=None, alias="CUSTOM_MODEL_PATH")
+    dataset_name: Annotated[str | None, BeforeValidator(Nullable(dataset_name, unset=True))] = Field(
+        default=None, alias="DATASET_NAME"
+    )
+    dataset_subname: OptionalText = Field(default=None, alias="DATASET_SUBNAME")
+    data_path: OptionalPath = Field(default=None, alias="DATA_PATH")
+    text_column: Annotated[tuple[str, ...], BeforeValidator(_columns)] = Field(default=("text",), alias="TEXT_COLUMN")
+    split: Text = Field(default="train", alias="SPLIT")
+    format_string: OptionalText = Field(default=None, alias="FORMAT_STRING", validate_default=True)
+    cuda_id: Annotated[tuple[int, ...], BeforeValidator(devices)] = Field(default=(), alias="CUDA_ID")
+    stages: Annotated[tuple[str, ...] | None, BeforeValidator(Nullable(names))] = Field(default=None, alias="STAGES")
+    export: Annotated[tuple[str, ...], BeforeValidator(names)] = Field(default=(), alias="EXPORT")
+    corpora: Annotated[Mapping[str, Path | Mapping[str, Path]], BeforeValidator(_local_corpora)] = Field(
+        default_factory=dict, alias="CORPORA"
+    )
+    evaluation: EvaluationConfig | None = Field(default=None, alias="EVALUATION")
+    num_processes: OptionalCount = Field(default=None, alias="NUM_PROCESSES")
+    trust_remote_code: Flag = Field(default=False, alias="TRUST_REMOTE_CODE")
+
+    @field_validator("format_string")
+    @classmethod
+    def _format_string_fits_the_columns(cls, value: str | None, info: ValidationInfo) -> str | None:
+        columns = info.data.get("text_column")  # missing where TEXT_COLUMN itself is wrong
+        return value if columns is None else check_format_string(value, columns)
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_are_known(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        known = _from_context(info, "stages")
+        if value == ():
+            raise expected(f"null for all stages, or some of {', '.join(known or ('calibration',))}")
+        return _known(value or (), known, "stages of the algorithm") or None
+
+    @field_validator("export")
+    @classmethod
+    def _formats_are_known(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        return _known(value, _from_context(info, "formats"), "formats that the algorithm writes")
+
+    @property
+    def job_folder(self) -> Path:
+        """Where the job lives: MODEL_PATH, or USER_FOLDER/jobs/JOB_SERVICE/JOB_ID."""
+        return self.model_path or self.user_folder / "jobs" / self.job_service / self.job_id

@@ -1,0 +1,60 @@
+"""The base classes of every configuration: frozen, strict, and open about what has no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class StrictModel(BaseModel):
+    """A frozen block of keys that accepts no others.
+
+    Recipes spell a key as its alias. Code that builds a configuration may use the Python name instead.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True, protected_namespaces=()
+    )
+
+
+@dataclass(frozen=True)
+class Inert:
+    """A key that is accepted and changes nothing: the one value that needs no warning, and what to know about the others."""
+
+    harmless: object
+    reason: str
+
+
+class Parameters(StrictModel):
+    """A block of an algorithm's parameters.
+
+    ``inert`` lists the keys that are accepted without effect, by their Python names.
+    """
+
+    inert: ClassVar[Mapping[str, Inert]] = {}
+
+    def warnings(self, prefix: str = "") -> tuple[str, ...]:
+        """One line for each key that the recipe sets and that has no effect, those of nested blocks included."""
+        lines = []
+        for name, field in type(self).model_fields.items():
+            value, key = self.__dict__[name], f"{prefix}{field.alias or name}"
+            if isinstance(value, Parameters):
+                lines.extend(value.warnings(f"{key}."))
+            elif name in self.inert and name in self.model_fields_set and value != self.inert[name].harmless:
+                lines.append(f"{key} has no effect: {self.inert[name].reason}")
+        return tuple(lines)
+
+
+class AlgorithmParameters(Parameters):
+    """What a plugin's ``Config`` tells the loader beside its keys.
+
+    ``algorithm`` is the name under which the recipe holds the block, ``stage_names`` are the stages in their order, and
+    ``export_formats`` are the formats that EXPORT may name, the default first.
+    """
+
+    algorithm: ClassVar[str]
+    stage_names: ClassVar[tuple[str, ...]]
+    export_formats: ClassVar[tuple[str, ...]]
