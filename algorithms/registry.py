@@ -1,0 +1,79 @@
+"""The one table of algorithms: their names, and where their configuration and their code are.
+
+Nothing here imports torch: a configuration is found by its path, and only :func:`algorithm_class` imports the code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from pydantic import BaseModel
+
+from configs.errors import UnknownAlgorithm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One algorithm. Paths are ``module:Class``; ``aliases`` are further names that a recipe may use for it."""
+
+    name: str
+    config_path: str
+    class_path: str
+    summary: str
+    aliases: tuple[str, ...] = ()
+
+
+REGISTRY = (
+    Row(
+        name="AQLM",
+        aliases=("aqlm",),
+        config_path="algorithms.quantization.aqlm.config:AqlmConfig",
+        class_path="algorithms.quantization.aqlm.algorithm:Aqlm",
+        summary="additive quantization, 2 to 4 bits a weight: learned codebooks, block tuning",
+    ),
+)
+
+# Names that recipes of this family use and that this version cannot run: told apart from typing errors.
+PLANNED = ("AutoAWQ", "FlapPruner", "LMQuant", "TensorRTLLM", "SpQR", "ReALLM")
+
+
+def rows() -> tuple[Row, ...]:
+    """Every algorithm of this version."""
+    return REGISTRY
+
+
+def find(name: str) -> Row:
+    """The row of an algorithm, by its name or one of its aliases.
+
+    Raises:
+        UnknownAlgorithm: no row has the name; it lists those that there are.
+    """
+    for row in REGISTRY:
+        if name in (row.name, *row.aliases):
+            return row
+    raise UnknownAlgorithm(name, [row.name for row in REGISTRY], planned=name in PLANNED)
+
+
+def config_class(name: str) -> type[BaseModel]:
+    """The class that types the algorithm's block of a recipe. Does not import torch.
+
+    Raises:
+        UnknownAlgorithm: no row has the name.
+    """
+    return _imported(find(name).config_path)
+
+
+def algorithm_class(name: str) -> type:
+    """The plugin itself. Imports torch.
+
+    Raises:
+        UnknownAlgorithm: no row has the name.
+    """
+    return _imported(find(name).class_path)
+
+
+def _imported(path: str) -> type:
+    """The class at ``module:Class``."""
+    module, _, attribute = path.partition(":")
+    return vars(import_module(module))[attribute]
