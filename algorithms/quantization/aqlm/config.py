@@ -7,7 +7,6 @@ the spellings of AQLM and nyuntam; ``configs.strict`` describes the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -38,10 +37,14 @@ from configs.values import (
 
 STAGES = ("calibration", "finetune", "conversion")
 CODE_DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64")
-# relative_mse_tolerance 1 or more would stop before the first step
-TOLERANCE = Nullable(Real(least=0.0, below=1.0))
+TOLERANCE = Nullable(Real(least=0.0, below=1.0))  # a loss cannot fall by more than all of it
 SHARE = Real(above=0.0, most=1.0)
 
+ROW_SCALES = "0: one float16 scale a row; clients of the AQLM format read no other"
+HALF_CODEBOOKS = "16: clients of the AQLM format read float16 codebooks"
+ONE_GROUP = "1: it takes effect below 16 bits a codebook value, which no client reads"
+ONE_SETTING = "false: the AQLM format has one num_codebooks for the whole model"
+USE_CUDA_ID = "null: the devices of a job are CUDA_ID at the top of the recipe"
 NO_PICKLE = "false: pickled modules are never read; models and tensors are safetensors"
 NO_WANDB = "false: the job writes metrics.jsonl and report.html instead"
 NO_CODE = "null: code from a recipe is never run"
@@ -80,18 +83,12 @@ class CalibrationConfig(Parameters):
     bits_per_codebook: Annotated[int, BeforeValidator(Whole(1, 16))] = Field(default=16, alias="nbits_per_codebook")
     in_group_size: Count = 8
     out_group_size: Count = 1
-    scale_bits: Annotated[
-        int, BeforeValidator(Only(0, "0: one float16 scale a row; clients of the AQLM format read no other"))
-    ] = Field(default=0, alias="scale_nbits")
+    scale_bits: Annotated[int, BeforeValidator(Only(0, ROW_SCALES))] = Field(default=0, alias="scale_nbits")
     codebook_value_bits: Annotated[int, BeforeValidator(Only(16, "16: clients of the AQLM format read float16 codebooks"))] = (
         Field(default=16, alias="codebook_value_nbits")
     )
-    codebook_value_num_groups: Annotated[
-        int, BeforeValidator(Only(1, "1: it takes effect below 16 bits a codebook value, which no client reads"))
-    ] = 1
-    mix_compression: Annotated[
-        bool, BeforeValidator(Only(False, "false: the AQLM format has one num_codebooks for the whole model"))
-    ] = False
+    codebook_value_num_groups: Annotated[int, BeforeValidator(Only(1, ONE_GROUP))] = 1
+    mix_compression: Annotated[bool, BeforeValidator(Only(False, ONE_SETTING))] = False
 
     # the fit of one linear
     init_max_iterations: Count = Field(default=100, alias="init_max_iter")
@@ -130,7 +127,7 @@ class CalibrationConfig(Parameters):
     exp_name: OptionalText = None
 
     # refused unless they ask for nothing
-    devices: Annotated[None, BeforeValidator(Only(None, "null: the devices of a job are CUDA_ID at the top of the recipe"))] = (
+    devices: Annotated[None, BeforeValidator(Only(None, USE_CUDA_ID))] = None
         None
     )
     load: Annotated[None, BeforeValidator(Only(None, "null: a job resumes by itself from what its folder holds"))] = None
@@ -260,7 +257,7 @@ class FinetuneConfig(Parameters):
         others = (info.data.get(name, True) for name in ("update_codes", "update_codebooks_and_scales"))
         if not value and not any(others):
             raise expected(
-                "true here, or for update_codes or update_codebooks_and_scales: with all three false nothing is tuned"
+                "true here, or for update_codes or update_codebooks_and_scales: all three false tune nothing"
             )
         return value
 
