@@ -70,7 +70,7 @@ def _overwrite(value: object) -> bool | tuple[str, ...]:
 
 
 class CalibrationConfig(Parameters):
-    """The calibration stage. Lengths count tokens, ``num_samples`` includes the ``validation_samples``."""
+    """The calibration stage. Lengths count tokens, ``num_samples`` includes ``validation_size``."""
 
     # the text
     num_samples: Count = Field(default=2048, alias="nsamples")
@@ -84,8 +84,8 @@ class CalibrationConfig(Parameters):
     in_group_size: Count = 8
     out_group_size: Count = 1
     scale_bits: Annotated[int, BeforeValidator(Only(0, ROW_SCALES))] = Field(default=0, alias="scale_nbits")
-    codebook_value_bits: Annotated[int, BeforeValidator(Only(16, "16: clients of the AQLM format read float16 codebooks"))] = (
-        Field(default=16, alias="codebook_value_nbits")
+    codebook_value_bits: Annotated[int, BeforeValidator(Only(16, HALF_CODEBOOKS))] = Field(
+        default=16, alias="codebook_value_nbits"
     )
     codebook_value_num_groups: Annotated[int, BeforeValidator(Only(1, ONE_GROUP))] = 1
     mix_compression: Annotated[bool, BeforeValidator(Only(False, ONE_SETTING))] = False
@@ -128,8 +128,6 @@ class CalibrationConfig(Parameters):
 
     # refused unless they ask for nothing
     devices: Annotated[None, BeforeValidator(Only(None, USE_CUDA_ID))] = None
-        None
-    )
     load: Annotated[None, BeforeValidator(Only(None, "null: a job resumes by itself from what its folder holds"))] = None
     on_save: Annotated[None, BeforeValidator(Only(None, NO_CODE))] = None
     use_faiss: Annotated[bool, BeforeValidator(Only(False, "false: k-means runs in torch"))] = False
@@ -256,9 +254,7 @@ class FinetuneConfig(Parameters):
     def _something_moves(cls, value: bool, info: ValidationInfo) -> bool:
         others = (info.data.get(name, True) for name in ("update_codes", "update_codebooks_and_scales"))
         if not value and not any(others):
-            raise expected(
-                "true here, or for update_codes or update_codebooks_and_scales: all three false tune nothing"
-            )
+            raise expected("true here, or for update_codes or update_codebooks_and_scales: all three false tune nothing")
         return value
 
     @field_validator("eval_datasets")
