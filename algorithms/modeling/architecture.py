@@ -1,0 +1,60 @@
+"""The architecture table: where a model family keeps its blocks, and which of a block's linears share an input.
+
+A family is one row of data; no code branches on a model's type. Paths in ``input_groups`` are relative to the block, in the
+order in which the block computes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_LLAMA_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArchitecture:
+    """One row: module paths of a family's causal LM.
+
+    ``input_groups`` are the linears of one block that are compressed; those in the same tuple read the same input.
+    ``head`` is the output projection, which stays uncompressed (and may be tied to the embeddings).
+    """
+
+    model_type: str
+    blocks: str = "model.layers"
+    head: str = "lm_head"
+    input_groups: tuple[tuple[str, ...], ...] = _LLAMA_GROUPS
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every compressed linear of a block, in the order of computation."""
+        return tuple(path for group in self.input_groups for path in group)
+
+
+_TABLE = {
+    row.model_type: row
+    for row in (
+        ModelArchitecture(model_type="llama"),
+        ModelArchitecture(model_type="mistral"),
+        ModelArchitecture(model_type="qwen2"),
+        ModelArchitecture(model_type="qwen3"),
+    )
+}
+
+
+def architecture_for(model_type: str) -> ModelArchitecture:
+    """The row of a ``model_type`` as config.json spells it.
+
+    Raises:
+        ValueError: a family that is not in the table; the message lists those that are.
+    """
+    if model_type not in _TABLE:
+        raise ValueError(
+            f"MODEL: model_type {model_type!r} is not in the architecture table (known: {', '.join(_TABLE)}). "
+            "Add a row to algorithms/modeling/architecture.py if its blocks follow the same plan."
+        )
+    return _TABLE[model_type]

@@ -1,0 +1,81 @@
+"""Files that are either whole or absent, and digests that name their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+_CHUNK_BYTES = 1 << 20
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) so that a reader, or the next run after a kill, sees the old file or the new one, never a part."""
+    partial = _partial_name(path)
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def atomic_write_json(path: Path, value: object) -> None:
+    """Write ``value`` as indented JSON, atomically.
+
+    Raises:
+        TypeError: a value that JSON cannot express; nothing is written.
+    """
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file, atomically. Names are sorted, so equal content gives equal bytes."""
+    partial = _partial_name(path)
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    save_file(ordered, str(partial), metadata={"format": "pt", **(metadata or {})})
+    with partial.open("rb") as stream:
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def folder_digest(directory: Path) -> str:
+    """SHA-256 over the names and contents of all files below ``directory``; names that begin with a dot are left out."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        digest.update(path.relative_to(directory).as_posix().encode() + b"\0" + file_digest(path).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path, whole_below: int = 256 << 20) -> str:
+    """A digest that stays cheap for huge files: the whole content below ``whole_below`` bytes, else size, head, middle and tail.
+
+    Meant for inputs that users own (model weights, data sets), where the aim is to notice another file, not an attacker.
+    """
+    size = path.stat().st_size
+    if size < whole_below:
+        return file_digest(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        for offset in (0, size // 2, size - _CHUNK_BYTES):
+            stream.seek(offset)
+            digest.update(stream.read(_CHUNK_BYTES))
+    return digest.hexdigest()
+
+
+def _partial_name(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -1,0 +1,192 @@
+"""A Hugging Face causal LM on disk, seen as blocks and read one block at a time."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from algorithms.modeling.architecture import ModelArchitecture, architecture_for
+from algorithms.modeling.files import file_digest, fingerprint
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class ModelSource:
+    """The folder of a causal LM: config.json, safetensors weights and, where there is one, a tokenizer.
+
+    Nothing is read until it is asked for, and weights only block by block: the memory a pass over the model needs does not
+    grow with its number of blocks.
+    """
+
+    def __init__(
+        self, directory: Path, *, name: str = "", trust_remote_code: bool = False, attn_implementation: str | None = None
+    ) -> None:
+        self.directory = Path(directory)
+        self.name = name or self.directory.name
+        self.trust_remote_code = trust_remote_code
+        self.attn_implementation = attn_implementation
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def architecture(self) -> ModelArchitecture:
+        """The row of the architecture table that describes this model.
+
+        Raises:
+            ValueError: a family that the table does not know.
+        """
+        return architecture_for(self.config.model_type)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of transformer blocks."""
+        return self.config.num_hidden_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the embedding: token ids lie below it."""
+        return self.config.vocab_size
+
+    @cached_property
+    def weight_files(self) -> Mapping[str, str]:
+        """Tensor name -> name of the safetensors file that holds it.
+
+        Raises:
+            ValueError: no safetensors weights, an index that names a missing shard, or an unreadable file.
+        """
+        index = self.directory / _INDEX
+        if index.is_file():
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            missing = sorted({name for name in files.values() if not (self.directory / name).is_file()})
+            if missing:
+                raise ValueError(f"MODEL: {index} names shards that are not there: {', '.join(missing[:5])}. Fetch the model again.")
+            return files
+        if not (self.directory / _SINGLE).is_file():
+            raise ValueError(f"MODEL: {self.directory} holds neither {_SINGLE} nor {_INDEX}.")
+        with safe_open(self.directory / _SINGLE, framework="pt") as handle:
+            return dict.fromkeys(handle.keys(), _SINGLE)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the model's content: its config and the fingerprint of every weight file."""
+        digest = hashlib.sha256(file_digest(self.directory / "config.json").encode())
+        for name in sorted(set(self.weight_files.values())):
+            digest.update(name.encode() + fingerprint(self.directory / name).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of stored parameters; tied tensors count once."""
+        total = 0
+        for file in sorted(set(self.weight_files.values())):
+            with safe_open(self.directory / file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
+                    shape = handle.get_slice(name).get_shape()
+                    total += int(torch.Size(shape).numel())
+        return total
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer.
+
+        Raises:
+            OSError: the folder holds none.
+        """
+        return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+
+    def tensors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Read tensors by name, each detached from the file's memory map; floating ones in ``dtype`` if that is given.
+
+        Raises:
+            ValueError: a name that no weight file holds.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.weight_files:
+                raise ValueError(f"MODEL: {self.directory} has no tensor {name!r}; its weight files do not match its config.json.")
+            by_file.setdefault(self.weight_files[name], []).append(name)
+        loaded = {}
+        for file, wanted in by_file.items():
+            with safe_open(self.directory / file, framework="pt") as handle:
+                for name in wanted:
+                    tensor = handle.get_tensor(name)
+                    loaded[name] = tensor.to(dtype or tensor.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+        return loaded
+
+    def skeleton(self) -> nn.Module:
+        """A fresh model of this configuration in evaluation mode: parameters on the meta device, buffers (rotary tables) real."""
+        options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
+            )
+        model.tie_weights()
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def _template(self) -> nn.Module:
+        return self.skeleton()
+
+    def block_prefix(self, index: int) -> str:
+        """Name prefix of a block's parameters, with the closing dot."""
+        return f"{self.architecture.blocks}.{index}."
+
+    def load_block(self, index: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+        """One block with its weights, in evaluation mode, without gradients.
+
+        Raises:
+            ValueError: a weight of the block is missing or holds NaN or infinity.
+        """
+        block = copy.deepcopy(self._template.get_submodule(self.architecture.blocks)[index])
+        self._fill(block, self.block_prefix(index), dtype)
+        return block.to(device).eval().requires_grad_(False)
+
+    def outside_names(self) -> tuple[str, ...]:
+        """Names of every stored tensor that belongs to no block: embeddings, final norm, an untied head."""
+        return tuple(sorted(name for name in self.weight_files if not name.startswith(f"{self.architecture.blocks}.")))
+
+    def load_outside(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+        """The model around its blocks: real embeddings, norm and head; the blocks' parameters stay on the meta device."""
+        model = self.skeleton()
+        blocks = model.get_submodule(self.architecture.blocks)
+        for name, module in model.named_modules():
+            inside = name == self.architecture.blocks or name.startswith(f"{self.architecture.blocks}.")
+            if not inside and any(True for _ in module.parameters(recurse=False)):
+                self._fill(module, f"{name}.", dtype, tied_to=self._tied_name(model, name))
+        model.tie_weights()
+        for name, module in model.named_children():
+            if name != self.architecture.blocks.split(".")[0]:
+                module.to(device)
+        for part in model.get_submodule(self.architecture.blocks.rsplit(".", 1)[0]).children():
+            if part is not blocks:
+                part.to(device)
+        return model
+
+    def _tied_name(self, model: nn.Module, name: str) -> str | None:
+        """The stored twin of a tied head."""
+        if name != self.architecture.head or f"{name}.weight" in self.weight_files:
+            return None
+        embeddings = model.get_input_embeddings()
+        return next(f"{path}." for path, module in model.named_modules() if module is embeddings)
+
+    def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, tied_to: str | None = None) -> None:
+        stored = tied_to or prefix
+        names = [f"{stored}{name}" for name, _ in module.named_parameters(recurse=True)]
+        state = {name.removeprefix(stored): tensor for name, tensor in self.tensors(names, dtype).items()}
+        for name, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"MODEL: {prefix}{name} in {self.directory} holds NaN or infinity; the checkpoint is damaged.")
+        module.load_state_dict(state, strict=False, assign=True)

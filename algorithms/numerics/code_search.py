@@ -1,0 +1,84 @@
+"""Search over the codes of additive codebooks under a Hessian: coordinate descent and beam search.
+
+Both minimise <dW H, dW> with dW = W - W_hat over the codes alone. What makes them cheap is that E = dW H is kept up to date:
+exchanging a codeword in input group j changes E by a rank-ig product with the rows H[j], and the loss of every candidate c at
+that place is s^2 c H_jj c - 2 s <c, P> + const with P = E_j + s c_old H_jj.
+
+Legend: O out_features, I in_features, og x ig tiles, no = O/og, ni = I/ig, M codebooks, K codewords, d = og*ig.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from algorithms.numerics.additive import AdditiveCodes
+
+_MAX_SCORES = 1 << 20
+_PANEL_COLUMNS = 128
+
+
+def codeword_energies(codewords: Tensor, hessian_block: Tensor) -> Tensor:
+    """c H_jj c, summed over the og rows of each codeword: codewords [K, og, ig], hessian_block [ig, ig], result [K]."""
+    return torch.sum((codewords @ hessian_block) * codewords, dim=(1, 2))
+
+
+def coordinate_descent(
+    weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """One sweep over all groups and codebooks in random order, every code set to its best value given the others.
+
+    Args:
+        weight: codes to start from; scales must be positive.
+        error: E = (W - W_hat) H, [O, I].
+        hessian: H, [I, I], symmetric.
+        generator: decides the order.
+
+    Returns:
+        New codes [no, ni, M] and the new E. The loss never rises.
+    """
+    ig = weight.group_shape[1]
+    codes, error = weight.codes.clone(), error.clone()
+    order = torch.randperm(codes.shape[1], generator=generator).tolist()
+    groups_per_panel = max(1, _PANEL_COLUMNS // ig)
+    for start in range(0, len(order), groups_per_panel):
+        panel = order[start : start + groups_per_panel]
+        columns = torch.cat([torch.arange(j * ig, (j + 1) * ig) for j in panel]).to(error.device)
+        rows = hessian[columns]
+        local = error[:, columns]
+        change = _sweep_panel(weight, codes, panel, local, rows[:, columns], generator)
+        # One wide product a panel instead of one thin product a group: E is read and written ni/panel times as rarely.
+        error.addmm_(change, rows)
+    return codes, error
+
+
+def _sweep_panel(
+    weight: AdditiveCodes, codes: Tensor, panel: list[int], local: Tensor, hessian: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Descend on the groups of one panel; ``local`` [O, p*ig] is E there. Returns the change of dW, [O, p*ig]."""
+    og, ig = weight.group_shape
+    O = local.shape[0]
+    change = torch.zeros_like(local)
+    num_codebooks = codes.shape[2]
+    for place, j in enumerate(panel):
+        span = slice(place * ig, (place + 1) * ig)
+        block = hessian[span, span]
+        step = torch.zeros(O, ig, dtype=local.dtype, device=local.device)
+        for m in torch.randperm(num_codebooks, generator=generator).tolist():
+            codewords = weight.codebooks[m]
+            old = codewords[codes[:, j, m]]
+            target = (local[:, span] + step @ block).view(-1, og, ig) / weight.scales[:, None, None] + old @ block
+            best = _best_codeword(target.flatten(1), codewords.flatten(1), codeword_energies(codewords, block))
+            step += ((old - codewords[best]) * weight.scales[:, None, None]).view(O, ig)
+            codes[:, j, m] = best
+        local.addmm_(step, hessian[span])
+        change[:, span] = step
+    return change
+
+
+def _best_codeword(targets: Tensor, codewords: Tensor, energies: Tensor) -> Tensor:
+    """argmin_k energies[k] - 2 <targets[n], codewords[k]>: targets [N, d], codewords [K, d], energies [K], result [N]."""
+    rows = max(1, _MAX_SCORES // codewords.shape[0])
+    transposed = codewords.T.contiguous()
+    parts = [torch.addmm(energies, chunk, transposed, alpha=-2).argmin(1) for chunk in targets.split(rows)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

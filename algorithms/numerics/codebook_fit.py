@@ -1,0 +1,96 @@
+"""Exact steps for the continuous part of additive codebooks: codewords by conjugate gradients, scales in closed form.
+
+With the codes fixed, <dW H, dW> is a quadratic form in the codewords, and in the scale of each output group. Legend as in
+:mod:`algorithms.numerics.code_search`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from algorithms.numerics.additive import AdditiveCodes, CodewordScatter, code_rows, group, sum_codewords, ungroup
+
+_RIDGE = 1e-6
+
+
+def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
+    """Lower the loss over all codewords at once by preconditioned conjugate gradients, warm-started at the current ones.
+
+    The preconditioner is the block diagonal of the normal matrix: for codeword k the ig x ig sum of s^2 H_jj over the places
+    that use it. Codewords that no group uses stay as they are.
+
+    Args:
+        weight: current codes, codebooks and scales.
+        error: E = (W - W_hat) H, [O, I], for these.
+        hessian: H, [I, I].
+        iterations: number of products with H; the loss falls with each.
+
+    Returns:
+        New codebooks [M, K, og, ig] and the new E.
+    """
+    M, K, og, ig = weight.codebooks.shape
+    rows = code_rows(weight.codes, K)
+    scatter = CodewordScatter(rows, M * K)
+    scales = weight.scales[:, None, None]
+    shape = weight.codes.shape[:2]
+
+    def adjoint(matrix: Tensor) -> Tensor:
+        return scatter((group(matrix, (og, ig)) * scales).flatten(0, 1))
+
+    precondition = _block_preconditioner(weight, hessian)
+    solution = weight.flat_codebooks
+    residual = adjoint(error)
+    direction = preconditioned = precondition(residual)
+    power = torch.sum(residual * preconditioned)
+    for _ in range(iterations):
+        moved = ungroup(sum_codewords(rows, direction).view(*shape, -1) * scales, (og, ig)) @ hessian
+        product = adjoint(moved)
+        curvature = torch.sum(direction * product)
+        if not curvature > 0:
+            break
+        length = power / curvature
+        solution = solution + length * direction
+        error = error - length * moved
+        residual = residual - length * product
+        preconditioned = precondition(residual)
+        new_power = torch.sum(residual * preconditioned)
+        direction = preconditioned + (new_power / power) * direction
+        power = new_power
+    return solution.view(M, K, og, ig), error
+
+
+def _block_preconditioner(weight: AdditiveCodes, hessian: Tensor):  # noqa: ANN202
+    M, K, og, ig = weight.codebooks.shape
+    no, ni, _ = weight.codes.shape
+    places = code_rows(weight.codes, K).view(no, ni, M) * ni + torch.arange(ni, device=hessian.device)[None, :, None]
+    energy = weight.scales.square()[:, None, None].expand(no, ni, M)
+    uses = torch.bincount(places.reshape(-1), weights=energy.reshape(-1), minlength=M * K * ni).view(M * K, ni)
+    diagonal = hessian.view(ni, ig, ni, ig).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = (uses.to(hessian.dtype) @ diagonal.reshape(ni, ig * ig)).view(M * K, ig, ig)
+    ridge = blocks.diagonal(dim1=1, dim2=2).mean(1) * _RIDGE
+    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
+    factor = torch.linalg.cholesky(blocks + ridge[:, None, None] * torch.eye(ig, device=hessian.device))
+    inverse = torch.cholesky_inverse(factor)
+
+    def precondition(residual: Tensor) -> Tensor:
+        return (residual.view(M * K, og, ig) @ inverse).view(M * K, og * ig)
+
+    return precondition
+
+
+def solve_scales(weight: AdditiveCodes, matrix: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The best scale of every output group in closed form, s = <q H, w> / <q H, q>; a group that has none keeps its scale.
+
+    Returns:
+        Scales [no], positive, and the new E = (W - W_hat) H, [O, I].
+    """
+    og = weight.group_shape[0]
+    unscaled = ungroup(weight.unscaled(), weight.group_shape)
+    smoothed = unscaled @ hessian
+    numerator = torch.sum(smoothed * matrix, dim=1).view(-1, og).sum(1)
+    denominator = torch.sum(smoothed * unscaled, dim=1).view(-1, og).sum(1)
+    best = numerator / denominator
+    scales = torch.where(torch.isfinite(best) & (best > 0), best, weight.scales)
+    error = matrix @ hessian - smoothed * scales.repeat_interleave(og)[:, None]
+    return scales, error
