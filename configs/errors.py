@@ -24,8 +24,8 @@ class ExitCode(IntEnum):
 class RecipeProblem:
     """One thing that is wrong in a recipe.
 
-    ``key`` is the dotted path of the value, ``line`` counts from 1 and is None where no line can be named (an override on
-    the command line, whose text then stands in ``file``). ``nearest`` is the valid spelling that was probably meant.
+    ``key`` is the dotted path of the value; ``line`` counts from 1 and is None where there is none to name. For an override
+    ``file`` is "command line" and ``value`` the text as typed. ``nearest`` is the valid spelling that was probably meant.
     """
 
     file: str

@@ -43,7 +43,7 @@ def model_name(value: object) -> str:
     return name
 
 
-def dataset_name(value: object) -> str:
+def dataset_reference(value: object) -> str:
     """Reads a hub id, the name of a text, or the path of a .pt or .pth file of tokens."""
     name = text(value).strip()
     if not name.endswith(TOKEN_FILES) and _leaves(name):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from configs.names import check_format_string, dataset_name, devices, folder_name, model_name, token
+from configs.names import check_format_string, dataset_reference, devices, folder_name, model_name, token
 from configs.strict import StrictModel
 from configs.values import (
     Choice,
@@ -109,7 +109,7 @@ class Recipe(StrictModel):
     model_path: OptionalPath = Field(default=None, alias="MODEL_PATH")
     model: Annotated[str, BeforeValidator(model_name)] = Field(default=DEFAULT_MODEL, alias="MODEL")
     custom_model_path: OptionalPath = Field(default=None, alias="CUSTOM_MODEL_PATH")
-    dataset_name: Annotated[str | None, BeforeValidator(Nullable(dataset_name, unset=True))] = Field(
+    dataset_name: Annotated[str | None, BeforeValidator(Nullable(dataset_reference, unset=True))] = Field(
         default=None, alias="DATASET_NAME"
     )
     dataset_subname: OptionalText = Field(default=None, alias="DATASET_SUBNAME")

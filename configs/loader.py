@@ -1,0 +1,149 @@
+"""From a recipe file to frozen, typed objects, or to one error with every problem of the recipe in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from configs.compatibility import legacy_warnings, take_legacy_keys
+from configs.diagnosis import all_keys, note_problems
+from configs.document import COMMAND_LINE, Document, read_document
+from configs.errors import RecipeError, UnknownAlgorithm
+from configs.interpolation import interpolate
+from configs.recipe import Recipe
+from configs.strict import AlgorithmParameters
+from configs.tree import KeyPath
+from configs.values import nearest_name
+
+BLOCK = "llm"  # TASK names the block that holds the algorithms' parameters, and this is the only task
+ConfigOf = Callable[[str], type[BaseModel]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRecipe:
+    """A recipe that holds: the envelope, the algorithm's parameters, and what they were read from.
+
+    ``resolved`` is the recipe as written, overrides and references applied; ``warnings`` has one line for each key that
+    changes nothing.
+    """
+
+    recipe: Recipe
+    parameters: BaseModel
+    resolved: dict[str, object]
+    file: Path
+    warnings: tuple[str, ...]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: ConfigOf, as_json: bool = False) -> LoadedRecipe:
+    """Read, merge, resolve and check a recipe.
+
+    Args:
+        path: a YAML file, or a JSON one (by its suffix, or because ``as_json`` says so).
+        overrides: ``KEY=VALUE`` texts, dotted keys for blocks; the last one wins.
+        plugin_config: the class that types an algorithm's block, by the algorithm's name.
+        as_json: read JSON whatever the suffix.
+
+    Raises:
+        RecipeError: with every problem of the envelope and of the algorithm's block.
+    """
+    document = read_document(path, overrides, as_json=as_json)
+    values = interpolate(document)
+    algorithm = _Algorithm(document, values, plugin_config)
+    envelope = take_legacy_keys(document, {key: value for key, value in values.items() if key != BLOCK})
+    recipe = _validated(document, Recipe, envelope, (), algorithm)
+    parameters = None
+    if algorithm.config is not None:
+        parameters = _validated(document, algorithm.config, algorithm.parameters(), (BLOCK, algorithm.key), algorithm)
+    if document.problems or recipe is None or parameters is None:
+        raise RecipeError(sorted(document.problems, key=lambda problem: (problem.file == COMMAND_LINE, problem.line or 0)))
+    own = parameters.warnings(f"{BLOCK}.{algorithm.key}.") if isinstance(parameters, AlgorithmParameters) else ()
+    warnings = (*legacy_warnings(values, recipe), *algorithm.warnings(), *own)
+    return LoadedRecipe(recipe=recipe, parameters=parameters, resolved=values, file=path, warnings=warnings)
+
+
+class _Algorithm:
+    """The algorithm that a recipe names, and the block of its parameters among those of others."""
+
+    def __init__(self, document: Document, values: Mapping[str, object], plugin_config: ConfigOf) -> None:
+        self._document, self._values, self._plugin_config = document, values, plugin_config
+        self.config = self._named()
+        self.key = self._name()
+        self._unused: list[str] = []
+
+    def _name(self) -> str:
+        if self.config is not None and issubclass(self.config, AlgorithmParameters):
+            return self.config.algorithm
+        return str(self._values.get("ALGORITHM"))
+
+    def _named(self) -> type[BaseModel] | None:
+        name = self._values.get("ALGORITHM")
+        if not isinstance(name, str) or not name.strip():
+            return None  # the envelope reports it
+        try:
+            return self._plugin_config(name)
+        except UnknownAlgorithm as error:
+            self._document.problem(("ALGORITHM",), name, f"an algorithm ({error})", nearest_name(name, error.known))
+            return None
+
+    def parameters(self) -> Mapping[str, object]:
+        """The raw parameters; empty where the recipe has none, which means their defaults."""
+        blocks = self._values.get(BLOCK)
+        if blocks is None:
+            return {}
+        if not isinstance(blocks, dict):
+            self._document.problem((BLOCK,), blocks, f"a block that holds the parameters, as in {BLOCK}.{self.key}")
+            return {}
+        found: object = None
+        for name, block in blocks.items():
+            if self._is_ours(name):
+                found, self.key = block, name
+        if found is not None and not isinstance(found, dict):
+            self._document.problem((BLOCK, self.key), found, "a block of keys (without the block, its defaults hold)")
+            return {}
+        return found or {}
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether a block belongs to the algorithm; those of others are kept in mind, and typing errors reported."""
+        try:
+            if self._plugin_config(name) is self.config:
+                return True
+        except UnknownAlgorithm as error:
+            if not error.planned:
+                self._document.problem(
+                    (BLOCK, name), self._values[BLOCK][name], f"the block of an algorithm ({error})", self.key
+                )
+                return False
+        self._unused.append(name)
+        return False
+
+    def warnings(self) -> tuple[str, ...]:
+        """One line for each block of another algorithm."""
+        return tuple(f"{BLOCK}.{name} has no effect: ALGORITHM is {self.key}" for name in self._unused)
+
+    def context(self) -> dict[str, tuple[str, ...]]:
+        """What the envelope's checks need to know: stages, formats, and the texts of CORPORA."""
+        local = self._values.get("CORPORA")
+        context = {"corpora": tuple(local) if isinstance(local, dict) else ()}
+        if self.config is not None and issubclass(self.config, AlgorithmParameters):
+            context |= {"stages": self.config.stage_names, "formats": self.config.export_formats}
+        return context
+
+    def elsewhere(self) -> dict[str, KeyPath]:
+        """Every valid key of the recipe -> its path, for keys that stand in the wrong block."""
+        inner = () if self.config is None else all_keys(self.config, (BLOCK, self.key))
+        paths = [*all_keys(Recipe, ()), (BLOCK,), *inner]
+        return {str(path[-1]).casefold(): path for path in reversed(paths)}
+
+
+def _validated(
+    document: Document, model: type[BaseModel], values: Mapping[str, object], prefix: KeyPath, algorithm: _Algorithm
+) -> BaseModel | None:
+    """An instance of ``model``, or None once its problems are noted."""
+    try:
+        return model.model_validate(values, context=algorithm.context(), by_alias=True, by_name=False)
+    except ValidationError as error:
+        note_problems(document, error, model, prefix, algorithm.elsewhere())
+        return None
