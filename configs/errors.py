@@ -88,6 +88,10 @@ class MissingEnvironmentError(RuntimeError):
     """Something that this machine lacks: a package, a device. The message says how to get it."""
 
 
+class MemoryShortageError(RuntimeError):
+    """The job did not fit into memory. The message names the overrides that help."""
+
+
 class CertificateError(RuntimeError):
     """A written format that its own client reads differently, or a quality gate that was not met."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: Con
     values = interpolate(document)
     algorithm = _Algorithm(document, values, plugin_config)
     envelope = take_legacy_keys(document, {key: value for key, value in values.items() if key != BLOCK})
+    if algorithm.is_named:
+        envelope["ALGORITHM"] = algorithm.key  # its own name, where the recipe uses another
     recipe = _validated(document, Recipe, envelope, (), algorithm)
     parameters = None
     if algorithm.config is not None:
@@ -69,7 +72,9 @@ class _Algorithm:
 
     def __init__(self, document: Document, values: Mapping[str, object], plugin_config: ConfigOf) -> None:
         self._document, self._values, self._plugin_config = document, values, plugin_config
-        self.config = self._named()
+        config = self._named()
+        self.is_named = config is not None
+        self.config = config or self._supposed()
         self.key = self._name()
         self._unused: list[str] = []
 
@@ -88,6 +93,14 @@ class _Algorithm:
             self._document.problem(("ALGORITHM",), name, f"an algorithm ({error})", nearest_name(name, error.known))
             return None
 
+    def _supposed(self) -> type[BaseModel] | None:
+        """Where the name is missing or wrong: the first algorithm with a block, so that the block is checked all the same."""
+        blocks = self._values.get(BLOCK)
+        for name in blocks if isinstance(blocks, dict) else ():
+            with suppress(UnknownAlgorithm):
+                return self._plugin_config(name)
+        return None
+
     def parameters(self) -> Mapping[str, object]:
         """The raw parameters; empty where the recipe has none, which means their defaults."""
         blocks = self._values.get(BLOCK)
@@ -97,9 +110,11 @@ class _Algorithm:
             self._document.problem((BLOCK,), blocks, f"a block that holds the parameters, as in {BLOCK}.{self.key}")
             return {}
         found: object = None
-        for name, block in blocks.items():
-            if self._is_ours(name):
-                found, self.key = block, name
+        ours = [name for name in blocks if self._is_ours(name)]
+        for name in ours[:1]:
+            found, self.key = blocks[name], name
+        for name in ours[1:]:
+            self._document.problem((BLOCK, name), blocks[name], f"one block for the algorithm ({BLOCK}.{self.key} is another)")
         if found is not None and not isinstance(found, dict):
             self._document.problem((BLOCK, self.key), found, "a block of keys (without the block, its defaults hold)")
             return {}

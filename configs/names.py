@@ -22,7 +22,8 @@ def _leaves(name: str) -> bool:
 def folder_name(value: object) -> str:
     """Reads a name that becomes a folder inside the user folder; slashes make subfolders."""
     name = text(value).strip()
-    if _leaves(name) or any(ord(character) < 32 for character in name) or PurePosixPath(name) == PurePosixPath():
+    unusable = "\\" in name or any(ord(character) < 32 for character in name)
+    if _leaves(name) or unusable or PurePosixPath(name) == PurePosixPath():
         raise expected("a name that stays inside the user folder: no absolute path, no ..")
     return name.rstrip("/")
 

@@ -58,3 +58,7 @@ class AlgorithmParameters(Parameters):
     algorithm: ClassVar[str]
     stage_names: ClassVar[tuple[str, ...]]
     export_formats: ClassVar[tuple[str, ...]]
+
+    def memory_remedies(self) -> tuple[str, ...]:
+        """Overrides (``KEY=VALUE``, below the algorithm's block) that need less memory, gentlest first."""
+        return ()

@@ -312,3 +312,20 @@ class AqlmConfig(AlgorithmParameters):
     def tunes(self) -> bool:
         """Whether the finetune stage has anything to do."""
         return self.finetune_config is not None and self.finetune_config.max_epochs > 0
+
+    @property
+    def evaluate_only(self) -> bool:
+        """Whether the recipe asks for figures of the uncompressed model and nothing else."""
+        return self.calibration_config.no_quant
+
+    def memory_remedies(self) -> tuple[str, ...]:
+        """Overrides that need less memory, those that leave the result as it is first."""
+        calibration, tuning = self.calibration_config, self.finetune_config
+        remedies = [
+            ("calibration_config.local_batch_size=1", calibration.local_batch_size != 1),
+            ("calibration_config.offload_activations=true", not calibration.offload_activations),
+            ("calibration_config.use_checkpointing=true", not calibration.use_checkpointing),
+            ("finetune_config.microbatch_size=1", tuning is not None and self.tunes and tuning.microbatch_size != 1),
+            (f"calibration_config.model_seqlen={calibration.sequence_length // 2}", calibration.sequence_length > 3),
+        ]
+        return tuple(override for override, helps in remedies if helps)
