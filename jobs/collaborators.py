@@ -1,0 +1,66 @@
+"""What the runner works with, as one value that a test can replace piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from algorithms.base import CompressionAlgorithm, TokenRequest
+from algorithms.modeling import evaluation
+from algorithms.modeling.source import ModelSource
+from algorithms.registry import algorithm_class
+from configs.recipe import Recipe
+from jobs import datasets, models
+from jobs.logs import Terminal
+from jobs.reporting.certificate import ClientCommand, client_command
+from jobs.workspace import JobLock, Workspace
+
+
+class JobParameters(Protocol):
+    """What the runner reads of a plugin's configuration; everything else is the plugin's own."""
+
+    save_intermediate_results: bool
+    overwrite: bool | tuple[str, ...]
+
+    @property
+    def evaluate_only(self) -> bool:
+        """Whether the recipe asks for figures of the uncompressed model and nothing else."""
+
+
+class Tokens(Protocol):
+    """Calibration tokens: sequences [1, length] int64, the key of the request that gave them, and what was chosen."""
+
+    train: tuple[Tensor, ...]
+    validation: tuple[Tensor, ...]
+    key: str
+    record: Mapping[str, object]
+
+
+def load_dense(directory: Path, trust_remote_code: bool) -> nn.Module:
+    """A Hugging Face folder as a float32 model in evaluation mode."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collaborators:
+    """The functions that a job is put together from; the defaults are the real ones."""
+
+    algorithm_class: Callable[[str], type[CompressionAlgorithm]] = algorithm_class
+    lock: Callable[[Workspace], AbstractContextManager[object]] = JobLock
+    resolve_model: Callable[[Recipe, Workspace], ModelSource] = models.resolve_model
+    tokens_key: Callable[[Recipe, TokenRequest, ModelSource], str] = datasets.tokens_key
+    load_tokens: Callable[[Recipe, TokenRequest, ModelSource, Workspace], Tokens] = datasets.load_tokens
+    corpus_tokens: Callable[[str, Recipe, ModelSource, Workspace], Tensor] = datasets.corpus_tokens
+    load_dense: Callable[[Path, bool], nn.Module] = load_dense
+    perplexity: Callable[[nn.Module, Tensor, int], evaluation.Perplexity] = evaluation.perplexity
+    compare: Callable[[nn.Module, nn.Module, Tensor, int], evaluation.Comparison] = evaluation.compare
+    client_command: ClientCommand = client_command
+    terminal: Terminal = field(default_factory=Terminal)

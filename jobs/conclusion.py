@@ -1,0 +1,225 @@
+"""What follows the stages: certificate, publication, evaluation, model card, closing summary, tidying up."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from torch import nn
+
+from algorithms.base import Artifact
+from algorithms.modeling.files import atomic_write_json
+from configs.errors import CertificateError
+from jobs import evaluation
+from jobs.artifacts import remove_folder
+from jobs.evaluation import CorpusFigures, Texts
+from jobs.execution import Job
+from jobs.manifest import Publication, now
+from jobs.planning import Plan
+from jobs.publishing import CONFIG, format_folder, is_published, publish, write_extra
+from jobs.reporting.certificate import FormatCertificate, Verdict, certificate_windows, certify
+from jobs.reporting.model_card import NAME, loading_notes, model_card
+from jobs.reporting.summary import BitAccount, Summary
+from jobs.resources import Meter, Usage
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = (".safetensors", ".gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The stages' result. ``given`` is what the last stage made it from, where that is still on disk."""
+
+    job: Job
+    plan: Plan
+    artifact: Artifact
+    given: Artifact | None
+    texts: Texts | None
+    keep_intermediate: bool
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the result was made in this run, so that no earlier verdict or figure counts."""
+        return self.plan.goal in self.plan.runs
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The exported formats; none where the job ends before the export."""
+        return tuple(self.job.algorithm.exports) if self.plan.is_complete else ()
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Our own reading of the result, from before the export where that is there: it then checks the export too."""
+        before_export = self.given if self.plan.is_complete else None
+        model = self.job.algorithm.load(before_export or self.artifact)
+        return model.eval().requires_grad_(False).to(self.job.device)
+
+
+def conclude(outcome: Outcome) -> Summary:
+    """Certify, publish, evaluate, describe and tidy up; what an earlier run has already done for this result is kept.
+
+    Raises:
+        CertificateError: a client reads its format differently. Everything else has been written then, but for the
+            config.json of that format, and nothing has been deleted.
+    """
+    job = outcome.job
+    certificates = _certificates(outcome) if outcome.formats else ()
+    failed = [c for c in certificates if c.verdict is Verdict.FAILED]
+    if outcome.formats:
+        _publish(outcome, withheld=[format_folder(c.format, outcome.formats) for c in failed])
+        _write_card(outcome, _summary(outcome, (), certificates))
+    figures = _figures(outcome) if outcome.texts is not None else ()
+    summary = _summary(outcome, figures, certificates)
+    if outcome.formats and figures:
+        _write_card(outcome, summary)
+    if failed:
+        raise CertificateError(_failure(job, failed))
+    if outcome.formats and not outcome.keep_intermediate:
+        remove_folder(job.workspace.tmp_dir)
+    return summary
+
+
+def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
+    job, earlier = outcome.job, outcome.job.manifest.current.certificate
+    if earlier is not None and earlier["key"] == outcome.artifact.digest and not outcome.is_fresh:
+        found = [FormatCertificate(**{**entry, "verdict": Verdict(entry["verdict"])}) for entry in earlier["formats"]]
+        if all(c.verdict is Verdict.PASSED for c in found) and tuple(c.format for c in found) == outcome.formats:
+            return tuple(found)
+    folders = {name: outcome.artifact.directory / format_folder(name, outcome.formats) for name in outcome.formats}
+    asking = [spec for spec in (stage.spec for stage in outcome.plan.stages) if spec.tokens is not None]
+    sequences = ()
+    if asking:
+        tokens = job.parts.load_tokens(job.recipe, asking[0].tokens, job.source, job.workspace)
+        sequences = tokens.validation or tokens.train
+    with Meter() as meter:
+        certificates = certify(
+            folders,
+            certificate_windows(sequences, job.source.vocab_size),
+            lambda: outcome.model,
+            scratch_dir=job.workspace.scratch_dir("certificate"),
+            command=job.parts.client_command,
+        )
+    record = {
+        "key": outcome.artifact.digest,
+        "time": now(),
+        "versions": dict(job.manifest.current.versions),
+        "formats": [asdict(c) for c in certificates],
+        "cost": asdict(meter.usage()),
+    }
+    atomic_write_json(job.workspace.certificate_path, record)
+    job.manifest.update(certificate=record)
+    return certificates
+
+
+def _publish(outcome: Outcome, withheld: list[str]) -> None:
+    job, stage = outcome.job, outcome.plan.goal
+    files, job_dir = job.manifest.current.stages[stage.spec.name].files, job.workspace.job_dir
+    if outcome.artifact.directory == job_dir:
+        return
+    publication = Publication(key=stage.key, files=files)
+    if outcome.is_fresh or not is_published(job_dir, job.manifest.current.published, stage.key, withheld):
+        publish(outcome.artifact.directory, job_dir, job.manifest, publication, withheld=withheld)
+        logger.info("Published %d files to %s", len(files), job_dir)
+
+
+def _figures(outcome: Outcome) -> tuple[CorpusFigures, ...]:
+    job, key = outcome.job, outcome.texts.key(outcome.artifact.digest)
+    earlier = job.manifest.current.evaluation
+    if earlier is not None and earlier["key"] == key and not outcome.is_fresh:
+        return evaluation.from_records(earlier["figures"])
+    measured = measure(job, outcome.texts, outcome.model)
+    job.manifest.update(evaluation={"key": key, **measured.record()})
+    return measured.figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Figures and what it cost to get them."""
+
+    figures: tuple[CorpusFigures, ...]
+    cost: Usage
+
+    def record(self) -> dict[str, object]:
+        """As the manifest keeps it."""
+        return {"time": now(), "figures": evaluation.as_records(self.figures), "cost": asdict(self.cost)}
+
+
+def measure(job: Job, texts: Texts, model: nn.Module | None) -> Measured:
+    """Score a model beside the uncompressed one, or with None that one alone; each text becomes a line of metrics.jsonl."""
+    with Meter() as meter:
+        base = job.parts.load_dense(job.source.directory, job.source.trust_remote_code).to(job.device)
+        figures = evaluation.score(texts, base, model, parts=job.parts, progress=job.parts.terminal.progress)
+    for record in evaluation.as_records(figures):
+        job.metrics({"stage": "evaluation", **record})
+    return Measured(figures=figures, cost=meter.usage())
+
+
+def _bits(outcome: Outcome) -> Mapping[str, float]:
+    job, earlier = outcome.job, outcome.job.manifest.current.bits
+    if earlier is not None and earlier["key"] == outcome.artifact.digest and not outcome.is_fresh:
+        return earlier["bits"]
+    bits = {name: float(value) for name, value in job.algorithm.bits(outcome.artifact).items()}
+    job.manifest.update(bits={"key": outcome.artifact.digest, "bits": bits})
+    return bits
+
+
+def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates: tuple[FormatCertificate, ...]) -> Summary:
+    job, source = outcome.job, outcome.job.source
+    manifest = job.manifest.current
+    names = [stage.spec.name for stage in outcome.plan.stages]
+    stages = {name: manifest.stages[name] for name in names if _counts(outcome, name)}
+    return Summary(
+        model=source.name,
+        method=job.algorithm.name,
+        output=job.workspace.job_dir if outcome.formats else outcome.artifact.directory,
+        bits=BitAccount.of(_bits(outcome), source.num_parameters),
+        size_before=sum((source.directory / name).stat().st_size for name in set(source.weight_files.values())),
+        size_after=_published_size(outcome) if outcome.formats else None,
+        figures=figures,
+        certificates=certificates,
+        stages=stages,
+        ran=[stage.spec.name for stage in outcome.plan.runs],
+    )
+
+
+def _counts(outcome: Outcome, name: str) -> bool:
+    """Whether the stage's record belongs to this result: its key is the plan's."""
+    record = outcome.job.manifest.current.stages.get(name)
+    return record is not None and record.key == outcome.plan[name].key
+
+
+def _published_size(outcome: Outcome) -> int:
+    """Bytes of the weights of the first format."""
+    files = outcome.job.manifest.current.stages[outcome.plan.goal.spec.name].files
+    paths = {name: PurePosixPath(name) for name in files}
+    return sum(files[name].size for name, path in paths.items() if len(path.parts) == 1 and path.suffix in _WEIGHTS)
+
+
+def _write_card(outcome: Outcome, summary: Summary) -> None:
+    job = outcome.job
+    config = _read_config(outcome.artifact.directory / CONFIG)
+    card = model_card(
+        summary,
+        formats=outcome.formats,
+        recipe=job.workspace.recipe_path.read_text(encoding="utf-8"),
+        tags=("compression", job.algorithm.name.lower()),
+        notes=loading_notes(config),
+    )
+    write_extra(job.workspace.job_dir / NAME, card, job.manifest, job.workspace.job_dir)
+
+
+def _read_config(path: Path) -> Mapping[str, object]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _failure(job: Job, failed: list[FormatCertificate]) -> str:
+    lines = [f"{c.format}: {c.reason}" for c in failed]
+    return (
+        f"The certificate failed. {' '.join(lines)} The config.json of each of them was not published; the files are in "
+        f"{job.workspace.tmp_dir} and the details in {job.workspace.certificate_path}."
+    )

@@ -1,0 +1,163 @@
+"""manifest.json: what a job has done, with which versions, on which data, in how much time and memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+
+from algorithms.modeling.files import atomic_write_json
+from configs.errors import DataError
+from jobs.artifacts import FileRecord
+
+FORMAT = 1
+
+
+class Status(StrEnum):
+    """How far a stage, or the whole run, has come. ``running`` in a file that nobody writes means that it was killed."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """One stage's line: what shaped it (key, settings, input, tokens), what it left, and what it cost.
+
+    Times are UTC. ``user_cpu_s`` and ``wall_s`` add up over the attempts that a resumed stage took, as far as they are known;
+    ``peak_memory_bytes`` is the largest resident memory of this process while the stage ran.
+    """
+
+    key: str
+    algorithm: str
+    version: int
+    settings: Mapping[str, object]
+    input_key: str
+    tokens_key: str | None
+    request: Mapping[str, object] | None
+    data: str
+    kind: str
+    directory: str
+    status: Status
+    started: str
+    finished: str | None = None
+    attempts: int = 1
+    user_cpu_s: float = 0.0
+    wall_s: float = 0.0
+    peak_memory_bytes: int = 0
+    peak_cuda_memory_bytes: int | None = None
+    artifact_digest: str | None = None
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    tokens: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The last call of the runner. ``redone`` lists the stages it re-ran on the recipe's ``overwrite`` so far."""
+
+    id: str
+    status: Status
+    started: str
+    finished: str | None = None
+    redone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """The files that stand in the job folder: relative path -> record, and the key of the stage that wrote them."""
+
+    key: str
+    files: Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of manifest.json. A value: every change makes a new one."""
+
+    job: str = ""
+    algorithm: str = ""
+    recipe_digest: str = ""
+    model: Mapping[str, object] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, object] = field(default_factory=dict)
+    run: RunRecord | None = None
+    stages: Mapping[str, StageRecord] = field(default_factory=dict)
+    published: Publication | None = None
+    certificate: Mapping[str, object] | None = None
+    evaluation: Mapping[str, object] | None = None
+    bits: Mapping[str, float] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class ManifestFile:
+    """The manifest on disk: ``current`` is what it says, every change is written at once and atomically."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.current = read_manifest(path)
+
+    def update(self, **changes: object) -> None:
+        """Replace fields of the manifest and write it."""
+        self.current = replace(self.current, **changes)
+        atomic_write_json(self.path, {"format": FORMAT, **asdict(self.current)})
+
+    def record(self, name: str, record: StageRecord) -> None:
+        """Replace one stage's record and write the manifest."""
+        self.update(stages={**self.current.stages, name: record})
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest at ``path``, or an empty one where there is none.
+
+    Raises:
+        DataError: the file is not a manifest that this version can read.
+    """
+    if not path.is_file():
+        return Manifest()
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("format") != FORMAT:
+            raise ValueError("it was written by another version of Bitpress")
+        return _manifest(raw)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path} cannot be read as a manifest: {error}. Choose another JOB_ID, or move that file away: "
+            "every stage of the job then runs again."
+        ) from error
+
+
+def now() -> str:
+    """The time as the manifest writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _manifest(raw: dict) -> Manifest:
+    known = {f.name for f in fields(Manifest)}
+    values = {name: value for name, value in raw.items() if name in known}
+    values["stages"] = {name: _stage(record) for name, record in raw["stages"].items()}
+    values["warnings"] = tuple(raw["warnings"])
+    if raw["run"] is not None:
+        run = raw["run"]
+        values["run"] = RunRecord(**{**run, "status": Status(run["status"]), "redone": tuple(run["redone"])})
+    if raw["published"] is not None:
+        values["published"] = Publication(key=raw["published"]["key"], files=_files(raw["published"]["files"]))
+    return Manifest(**values)
+
+
+def _stage(raw: dict) -> StageRecord:
+    fixed = {"status": Status(raw["status"]), "files": _files(raw["files"]), "warnings": tuple(raw["warnings"])}
+    return StageRecord(**{**raw, **fixed})
+
+
+def _files(raw: Mapping[str, dict]) -> dict[str, FileRecord]:
+    """Records by relative path; files are removed by these names, so none may lead out of its folder."""
+    outside = [name for name in raw if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if outside:
+        raise ValueError(f"{outside[0]!r} is no path inside the job folder")
+    return {name: FileRecord(**record) for name, record in raw.items()}

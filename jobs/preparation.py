@@ -1,0 +1,155 @@
+"""From a recipe to what can be planned: the algorithm, the model, the keys of the tokens and the manifest."""
+
+from __future__ import annotations
+
+import platform
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+import transformers
+
+from algorithms.base import Artifact, CompressionAlgorithm, StageSpec
+from algorithms.modeling.source import ModelSource
+from configs.errors import DataError
+from configs.loader import LoadedRecipe
+from configs.recipe import Recipe
+from jobs.artifacts import ABSENT, Condition, canonical_digest, check_files
+from jobs.collaborators import Collaborators
+from jobs.manifest import Manifest, RunRecord, StageRecord, Status, now
+from jobs.planning import Plan, PlannedStage, Selection, Situation, make_plan
+from jobs.reporting.model_card import NAME as CARD
+from jobs.workspace import Workspace
+
+_PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """What a plan is made of. ``run`` is this call of the runner, or the interrupted one that it goes on with."""
+
+    loaded: LoadedRecipe
+    workspace: Workspace
+    source: ModelSource
+    algorithm: CompressionAlgorithm
+    specs: Sequence[StageSpec]
+    run: RunRecord
+    parts: Collaborators
+
+    def situation(self, manifest: Manifest, damaged: dict[str, Condition]) -> Situation:
+        """What the plan depends on, with the artifacts in ``damaged`` known to be unusable."""
+        recipe = self.loaded.recipe
+        return Situation(
+            specs=self.specs,
+            algorithm=self.algorithm.name,
+            source_key=self.source.digest,
+            tokens_keys={
+                spec.name: self.parts.tokens_key(recipe, spec.tokens, self.source)
+                for spec in self.specs
+                if spec.tokens is not None
+            },
+            records=manifest.stages,
+            condition=lambda name, record: damaged.get(name) or self.locate(name, record)[1],
+            selection=Selection(
+                stages=recipe.stages,
+                overwrite=self.loaded.parameters.overwrite,
+                redone=self.run.redone,
+                command=resume_command(self.loaded),
+            ),
+        )
+
+    def locate(self, name: str, record: StageRecord, *, full: bool = False) -> tuple[Path, Condition]:
+        """Where a recorded artifact is, and its condition: below tmp/, or for the exporting stage the job folder itself."""
+        place = self.workspace.stage_dir(record.directory)
+        state = check_files(place, record.files, full=full)
+        if state.present or name != self.specs[-1].name:
+            return place, state
+        # The model card in the job folder is written anew after every evaluation; it is no part of the result.
+        files = {file: entry for file, entry in record.files.items() if file != CARD}
+        state = check_files(self.workspace.job_dir, files, full=full) if files else ABSENT
+        return self.workspace.job_dir, state
+
+    def verified_plan(self, manifest: Manifest) -> Plan:
+        """The plan, after reading through every artifact that it builds on."""
+        damaged: dict[str, Condition] = {}
+        while True:
+            plan = make_plan(self.situation(manifest, damaged))
+            found = {stage.spec.name: self.locate(stage.spec.name, stage.record, full=True)[1] for stage in plan.foundations}
+            worse = {name: state for name, state in found.items() if not state.intact}
+            if not worse:
+                return plan
+            damaged |= worse
+
+    def artifact(self, planned: PlannedStage) -> Artifact:
+        """The artifact of a stage that is reused."""
+        return Artifact(kind=planned.spec.kind, directory=self.locate(planned.spec.name, planned.record)[0], digest=planned.key)
+
+
+def gather(
+    loaded: LoadedRecipe, workspace: Workspace, source: ModelSource, manifest: Manifest, parts: Collaborators
+) -> Materials:
+    """Put together what the plan needs; reads no weights and no text."""
+    algorithm = build_algorithm(loaded, parts)
+    return Materials(
+        loaded=loaded,
+        workspace=workspace,
+        source=source,
+        algorithm=algorithm,
+        specs=tuple(algorithm.stages()),
+        run=_this_run(manifest, recipe_digest(loaded)),
+        parts=parts,
+    )
+
+
+def build_algorithm(loaded: LoadedRecipe, parts: Collaborators) -> CompressionAlgorithm:
+    """The plugin of the recipe.
+
+    Raises:
+        DataError: EXPORT names a format that the plugin does not write.
+    """
+    recipe = loaded.recipe
+    kind = parts.algorithm_class(recipe.algorithm)
+    unknown = [name for name in recipe.export if name not in kind.formats]
+    if unknown:
+        raise DataError(f"EXPORT: {kind.name} does not write {', '.join(unknown)}. It writes {', '.join(kind.formats)}.")
+    return kind(loaded.parameters, recipe.export)
+
+
+def recipe_digest(loaded: LoadedRecipe) -> str:
+    """Names the resolved recipe."""
+    return canonical_digest(loaded.resolved)
+
+
+def resume_command(loaded: LoadedRecipe) -> str:
+    """The command that runs the same recipe."""
+    return f"python main.py --{'json' if loaded.file.suffix == '.json' else 'yaml'}_path {loaded.file}"
+
+
+def describe_data(recipe: Recipe) -> str:
+    """The calibration text in one line."""
+    name = str(recipe.data_path or recipe.dataset_name or "none")
+    return f"{name}{f' ({recipe.dataset_subname})' if recipe.dataset_subname else ''}, split {recipe.split}"
+
+
+def versions() -> dict[str, object]:
+    """What the result depends on beside the recipe."""
+    project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]
+    return {
+        "bitpress": project["version"],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _this_run(manifest: Manifest, digest: str) -> RunRecord:
+    """A new run, or the last one again where that was stopped on the way through the same recipe."""
+    last = manifest.run
+    if last is not None and last.status is not Status.FINISHED and manifest.recipe_digest == digest:
+        return replace(last, status=Status.RUNNING, finished=None)
+    return RunRecord(id=uuid4().hex[:12], status=Status.RUNNING, started=now())

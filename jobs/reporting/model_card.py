@@ -1,0 +1,120 @@
+"""README.md of the output: what the model is, what it lost, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+from jobs.reporting.certificate import Verdict
+from jobs.reporting.summary import Summary
+
+NAME = "README.md"
+
+# What a reader of each format needs beside transformers. A format that is not here loads with transformers alone.
+_INSTALL = {
+    "aqlm": "pip install aqlm",
+    "compressed-tensors": "pip install compressed-tensors",
+    "awq": "pip install gptqmodel",
+    "gguf": "pip install gguf",
+}
+
+
+def model_card(
+    summary: Summary, *, formats: tuple[str, ...], recipe: str, tags: tuple[str, ...], notes: tuple[str, ...]
+) -> str:
+    """The model card as Markdown with its YAML header.
+
+    Args:
+        summary: the figures.
+        formats: the formats of the output; the first stands in the folder itself, the others in exports/<format>.
+        recipe: the resolved recipe, YAML.
+        tags: words for the header.
+        notes: what a user of the first format has to know, one sentence each.
+    """
+    header = {
+        "base_model": summary.model,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(tags),
+    }
+    sections = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
+        f"# {summary.model}, compressed with {summary.method}",
+        _facts(summary),
+        _figures(summary),
+        _certificates(summary),
+        _usage(summary, formats, notes),
+        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def loading_notes(config: Mapping[str, object]) -> tuple[str, ...]:
+    """What a reader of a folder has to know, from the folder's config.json."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping) or settings.get("quant_method") != "aqlm":
+        return ()
+    if settings.get("nbits_per_codebook") != 8:
+        return ("On a CPU the weights are decoded before each product; no further package is needed.",)
+    return (
+        "On a CPU: `pip install aqlm[cpu]`, start Python with `NUMBA_NUM_THREADS=1` (with more threads the package's kernel "
+        "gives wrong results) and load in float32.",
+        "After it has run on a CPU, do not save the loaded model: the kernel has reordered its codes in place.",
+    )
+
+
+def _facts(summary: Summary) -> str:
+    keep = ("bits per compressed weight", "bits per parameter of the model", "weights on disk")
+    return _table(("", ""), [(label, value) for label, value in summary.facts() if label in keep])
+
+
+def _figures(summary: Summary) -> str:
+    if not summary.figures:
+        return ""
+    header = ("text", "sequence length", "windows", "tokens", "perplexity, before -> after", "KL (nats)", "same first choice")
+    return "## Evaluation\n\nPerplexity depends on the sequence length; compare figures of one length only.\n\n" + _table(
+        header, summary.figure_rows()
+    )
+
+
+def _certificates(summary: Summary) -> str:
+    if not summary.certificates:
+        return ""
+    rows = [(c.format, c.verdict.value, c.reason) for c in summary.certificates]
+    text = "Each format was read back by its own client in a fresh process and compared with the compressor's own reading."
+    return f"## Certificate\n\n{text}\n\n" + _table(("format", "verdict", "details"), rows)
+
+
+def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -> str:
+    failed = {c.format for c in summary.certificates if c.verdict is Verdict.FAILED}
+    if not formats or formats[0] in failed:
+        return "## Use\n\nThis output failed its certificate and has no config.json: do not use it."
+    install = _INSTALL.get(formats[0])
+    lines = ["## Use", ""]
+    if install:
+        lines += ["```bash", install, "```", ""]
+    lines += [f"{note}\n" for note in notes]
+    lines += [
+        "```python",
+        "import torch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "."  # this folder',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "dtype = torch.float16 if torch.cuda.is_available() else torch.float32",
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")',
+        'prompt = tokenizer("Question: ", return_tensors="pt").to(model.device)',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
+        "```",
+    ]
+    if len(formats) > 1:
+        lines += ["", "Further formats: " + ", ".join(f"`exports/{name}`" for name in formats[1:]) + "."]
+    return "\n".join(lines)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return ""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

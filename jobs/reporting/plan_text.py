@@ -1,0 +1,136 @@
+"""The plan of a job as a person reads it: what would run and why, where, how long, and how much disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from configs.errors import MissingEnvironmentError
+from configs.loader import LoadedRecipe
+from configs.recipe import Recipe
+from jobs.collaborators import Collaborators
+from jobs.logs import duration
+from jobs.manifest import Manifest
+from jobs.planning import Plan, PlannedStage, make_plan
+from jobs.preparation import Materials, build_algorithm, describe_data, gather
+from jobs.reporting.summary import size
+from jobs.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """What a job would do. ``plan`` is None where the model or the text is not there to compute keys from; ``notes`` say so.
+
+    ``disk_bytes`` is at most what the stages that run will add, ``earlier_wall_s`` what the same stages took before.
+    """
+
+    paths: Mapping[str, str]
+    rows: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+    plan: Plan | None = None
+    disk_bytes: int | None = None
+    disk_free: int | None = None
+    earlier_wall_s: float | None = None
+
+    def as_text(self) -> str:
+        """The plan as plain lines."""
+        width = max(len(name) for name, _, _ in self.rows)
+        rows = [f"{name:{width}}  {action:5}  {reason}" for name, action, reason in self.rows]
+        paths = [f"{label:8} {path}" for label, path in self.paths.items()]
+        return "\n".join([*paths, "", *rows, "", *(f"{label:8} {text}" for label, text in self._facts())]).rstrip()
+
+    def as_table(self) -> Group:
+        """The plan as rich tables."""
+        above, below = Table.grid(padding=(0, 2)), Table.grid(padding=(0, 2))
+        for grid, lines in ((above, self.paths.items()), (below, self._facts())):
+            for label, text in lines:
+                grid.add_row(Text(label, style="bold"), Text(text))
+        stages = Table("stage", "", "why")
+        for row in self.rows:
+            stages.add_row(*(Text(cell) for cell in row))
+        return Group(above, stages, below)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        lines = []
+        if self.disk_bytes is not None:
+            lines.append(("disk", f"at most {size(self.disk_bytes)} more, {size(self.disk_free or 0)} free"))
+        if self.earlier_wall_s is not None:
+            lines.append(("time", f"these stages took {duration(self.earlier_wall_s)} before"))
+        return lines + [("note", note) for note in self.notes]
+
+
+def describe_job(loaded: LoadedRecipe, workspace: Workspace, manifest: Manifest, parts: Collaborators) -> JobPlan:
+    """Plan a job without creating or fetching anything.
+
+    Raises:
+        DataError: STAGES or ``overwrite`` cannot be followed, or EXPORT names an unknown format.
+    """
+    recipe = loaded.recipe
+    paths = {
+        "job": str(workspace.job_dir),
+        "logs": str(workspace.logs_dir),
+        "cache": str(workspace.cache_dir),
+        "model": recipe.model if recipe.custom_model_path is None else str(recipe.custom_model_path),
+        "data": describe_data(recipe),
+    }
+    if not _model_is_here(recipe, workspace, manifest):
+        return _blind_plan(loaded, manifest, parts, paths, f"{paths['model']} is not here yet; a run fetches or converts it.")
+    try:
+        materials = gather(loaded, workspace, parts.resolve_model(recipe, workspace), manifest, parts)
+        situation = materials.situation(manifest, {})
+    except (ValueError, OSError, MissingEnvironmentError) as error:
+        return _blind_plan(loaded, manifest, parts, paths, f"Cannot tell yet: {error}")
+    plan = make_plan(situation)
+    paths["model"] = str(materials.source.directory)
+    return JobPlan(
+        paths=paths,
+        rows=tuple((stage.spec.name, stage.action.value, stage.reason) for stage in plan.stages),
+        notes=(*loaded.warnings, *plan.warnings),
+        plan=plan,
+        disk_bytes=sum(_disk(stage, materials) for stage in plan.runs),
+        disk_free=_free(workspace.job_dir),
+        earlier_wall_s=_earlier(plan),
+    )
+
+
+def _blind_plan(
+    loaded: LoadedRecipe, manifest: Manifest, parts: Collaborators, paths: Mapping[str, str], problem: str
+) -> JobPlan:
+    """What can be said without the model or the text: which stages there are and what the manifest has of them."""
+    recipe, rows = loaded.recipe, []
+    for spec in build_algorithm(loaded, parts).stages():
+        record = manifest.stages.get(spec.name)
+        known = f"recorded as {record.status.value}, to be compared once the inputs are there" if record else "not run yet"
+        asked = recipe.stages is None or spec.name in recipe.stages
+        rows.append((spec.name, "run" if asked else "skip", known if asked else "not among STAGES"))
+    return JobPlan(paths=paths, rows=tuple(rows), notes=(*loaded.warnings, problem))
+
+
+def _model_is_here(recipe: Recipe, workspace: Workspace, manifest: Manifest) -> bool:
+    """Whether the model can be read without fetching or converting it first."""
+    if recipe.custom_model_path is not None:
+        return (recipe.custom_model_path.expanduser() / "config.json").is_file() or bool(manifest.stages)
+    return Path(recipe.model).expanduser().is_dir() or (workspace.models_dir / recipe.model).is_dir()
+
+
+def _disk(stage: PlannedStage, materials: Materials) -> int:
+    """What the stage wrote before, or else the model in float16: no compressed form is larger."""
+    if stage.record is not None and stage.record.files:
+        return sum(entry.size for entry in stage.record.files.values())
+    return 2 * materials.source.num_parameters
+
+
+def _earlier(plan: Plan) -> float | None:
+    times = [stage.record.wall_s for stage in plan.runs if stage.record is not None and stage.record.files]
+    return sum(times) if times and len(times) == len(plan.runs) else None
+
+
+def _free(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free

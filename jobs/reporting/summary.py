@@ -1,0 +1,156 @@
+"""What a person reads when a job has ended: as tables on a terminal, as plain lines otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from jobs.evaluation import CorpusFigures
+from jobs.logs import duration
+from jobs.manifest import StageRecord
+from jobs.reporting.certificate import FormatCertificate
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitAccount:
+    """Where the bits of a compressed model go.
+
+    ``components`` are total bits by name, ``parameters`` the number of compressed weights. ``model_parameters`` counts all
+    parameters of the model; those that are not compressed are stored in 16 bits.
+    """
+
+    components: Mapping[str, float]
+    parameters: float
+    model_parameters: int
+
+    @property
+    def per_weight(self) -> float:
+        """Bits of one compressed weight, codebooks and scales included."""
+        return sum(self.components.values()) / self.parameters
+
+    @property
+    def per_model_parameter(self) -> float:
+        """Bits of one parameter of the whole model."""
+        rest = max(self.model_parameters - self.parameters, 0)
+        return (sum(self.components.values()) + 16 * rest) / self.model_parameters
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bits of one compressed weight by component."""
+        return {name: bits / self.parameters for name, bits in self.components.items()}
+
+    @classmethod
+    def of(cls, bits: Mapping[str, float], model_parameters: int) -> BitAccount | None:
+        """From what ``CompressionAlgorithm.bits`` gives; None where nothing is compressed."""
+        components = {name: value for name, value in bits.items() if name != "parameters"}
+        if not bits.get("parameters"):
+            return None
+        return cls(components=components, parameters=bits["parameters"], model_parameters=model_parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """All that the closing summary says. Sizes in bytes; ``stages`` by name, with ``ran`` those of this run."""
+
+    model: str
+    method: str
+    output: Path
+    bits: BitAccount | None
+    size_before: int
+    size_after: int | None
+    figures: Sequence[CorpusFigures]
+    certificates: Sequence[FormatCertificate]
+    stages: Mapping[str, StageRecord]
+    ran: Sequence[str]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Label and value of each line above the tables."""
+        lines = [("model", self.model), ("method", self.method)]
+        if self.bits is not None:
+            parts = ", ".join(f"{name} {bits:.3f}" for name, bits in self.bits.parts.items())
+            lines.append(("bits per compressed weight", f"{self.bits.per_weight:.3f} ({parts})"))
+            lines.append(("bits per parameter of the model", f"{self.bits.per_model_parameter:.3f}"))
+        if self.size_after is not None:
+            ratio = self.size_before / self.size_after if self.size_after else 0
+            lines.append(
+                ("weights on disk", f"{size(self.size_before)} -> {size(self.size_after)} ({ratio:.2f} times smaller)")
+            )
+        lines.extend((f"certificate, {c.format}", f"{c.verdict.value}: {c.reason}") for c in self.certificates)
+        lines.append(("output", str(self.output)))
+        return lines
+
+    def figure_rows(self) -> list[tuple[str, ...]]:
+        """One row a text: sequence length, windows, tokens, perplexity before and after, KL, top-1 agreement."""
+        return [
+            (
+                f.corpus,
+                str(f.sequence_length),
+                str(f.windows),
+                str(f.tokens),
+                f"{f.base_perplexity:.4g}" + ("" if f.perplexity is None else f" -> {f.perplexity:.4g}"),
+                "" if f.kl_divergence is None else f"{f.kl_divergence:.4g}",
+                "" if f.top1_agreement is None else f"{f.top1_agreement:.1%}",
+            )
+            for f in self.figures
+        ]
+
+    def stage_rows(self) -> list[tuple[str, ...]]:
+        """One row a stage: what happened, wall time, user CPU time and peak memory."""
+        return [
+            (
+                name,
+                "ran" if name in self.ran else "reused",
+                duration(record.wall_s),
+                duration(record.user_cpu_s),
+                size(record.peak_memory_bytes)
+                + ("" if record.peak_cuda_memory_bytes is None else f" + {size(record.peak_cuda_memory_bytes)} on the device"),
+            )
+            for name, record in self.stages.items()
+        ]
+
+
+_FIGURES = ("text", "sequence length", "windows", "tokens", "perplexity", "KL (nats)", "same first choice")
+_STAGES = ("stage", "", "time", "CPU", "peak memory")
+
+
+def as_tables(summary: Summary) -> Group:
+    """The summary as rich tables."""
+    facts = Table.grid(padding=(0, 2))
+    for label, value in summary.facts():
+        facts.add_row(Text(label, style="bold"), Text(value))
+    parts: list[Table] = [facts]
+    for header, rows in ((_FIGURES, summary.figure_rows()), (_STAGES, summary.stage_rows())):
+        if rows:
+            table = Table(*header)
+            for row in rows:
+                table.add_row(*(Text(cell) for cell in row))
+            parts.append(table)
+    return Group(*parts)
+
+
+def as_text(summary: Summary) -> str:
+    """The summary as plain lines, columns aligned by spaces."""
+    lines = _aligned(summary.facts())
+    for header, rows in ((_FIGURES, summary.figure_rows()), (_STAGES, summary.stage_rows())):
+        if rows:
+            lines += ["", *_aligned([header, *rows])]
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

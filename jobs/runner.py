@@ -1,0 +1,235 @@
+"""Runs a job: the one loop over its stages, and what has to be true before and after it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+
+from algorithms.base import Artifact, CompressionAlgorithm
+from algorithms.modeling.files import atomic_write_json, atomic_write_text
+from configs.errors import CertificateError, DataError
+from configs.loader import LoadedRecipe
+from jobs import launch
+from jobs.collaborators import Collaborators
+from jobs.conclusion import Outcome, conclude, measure
+from jobs.evaluation import CorpusFigures, Texts, describe, load_texts
+from jobs.execution import Job, run_stage
+from jobs.interruption import JobInterrupted, interruptible
+from jobs.logs import logging_to
+from jobs.manifest import ManifestFile, RunRecord, Status, now, read_manifest
+from jobs.planning import Action, Plan
+from jobs.preparation import Materials, describe_data, gather, recipe_digest, versions
+from jobs.publishing import check_target
+from jobs.reporting.plan_text import JobPlan, describe_job
+from jobs.reporting.summary import Summary, as_tables, as_text
+from jobs.stored import load_stored
+from jobs.workspace import Workspace, open_workspace
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_FILE = "evaluation.json"
+
+AlgorithmFactory = Callable[[str], type[CompressionAlgorithm]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """What a job came to. ``plan`` and ``summary`` are None where nothing but an evaluation was asked for."""
+
+    job_dir: Path
+    plan: Plan | None = None
+    summary: Summary | None = None
+    figures: tuple[CorpusFigures, ...] = ()
+
+
+def run_job(
+    loaded: LoadedRecipe, algorithm_factory: AlgorithmFactory | None = None, *, parts: Collaborators | None = None
+) -> JobResult:
+    """Run a recipe to its end, from wherever an earlier run of the same job has got to.
+
+    Args:
+        loaded: the recipe.
+        algorithm_factory: algorithm name -> plugin class; the registry by default.
+        parts: what the runner works with; the real collaborators by default.
+
+    Raises:
+        DataError: something in the recipe, the data, the model or the job folder that the user can put right.
+        MissingEnvironmentError: several processes were started.
+        CertificateError: an exported format is read differently by its client; everything else was written.
+        JobInterrupted: SIGTERM or Ctrl-C; a ``KeyboardInterrupt`` whose message says how to resume.
+    """
+    parts = _with_factory(parts, algorithm_factory)
+    if loaded.parameters.evaluate_only:
+        return evaluate_only(loaded, parts=parts)
+    with _opened(loaded, parts) as (materials, job), _Run(job, loaded, materials.run):
+        materials.algorithm.preflight()
+        texts = _texts(job)
+        plan = materials.verified_plan(job.manifest.current)
+        _announce(plan)
+        outcome = _execute(materials, job, plan, texts)
+        summary = conclude(outcome)
+        parts.terminal.show(as_tables(summary), as_text(summary))
+        return JobResult(job_dir=job.workspace.job_dir, plan=plan, summary=summary, figures=tuple(summary.figures))
+
+
+def plan_job(
+    loaded: LoadedRecipe, algorithm_factory: AlgorithmFactory | None = None, *, parts: Collaborators | None = None
+) -> JobPlan:
+    """Say what :func:`run_job` would do, without doing it. A model or text that is not there becomes a note.
+
+    Raises:
+        DataError: STAGES or ``overwrite`` cannot be followed, or the job folder cannot be used.
+    """
+    parts = _with_factory(parts, algorithm_factory)
+    workspace = open_workspace(loaded.recipe)
+    manifest = read_manifest(workspace.manifest_path)
+    check_target(workspace.job_dir, manifest.published)
+    return describe_job(loaded, workspace, manifest, parts)
+
+
+def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts: Collaborators | None = None) -> JobResult:
+    """Score the uncompressed model, or with ``directory`` a job's artifact or any Hugging Face folder beside it.
+
+    Raises:
+        DataError: the recipe names no texts under EVALUATION, or the folder holds no model.
+    """
+    parts = parts or Collaborators()
+    with _opened(loaded, parts) as (materials, job):
+        texts = _texts(job)
+        if texts is None:
+            raise DataError("EVALUATION names no texts; to evaluate, write for example EVALUATION: {perplexity: [wikitext2]}.")
+        stored = None if directory is None else load_stored(directory, materials)
+        measured = measure(job, texts, None if stored is None else stored.model.to(job.device))
+        record = {
+            "model": str(directory or job.source.name),
+            "key": texts.key(stored and stored.digest),
+            "versions": versions(),
+        }
+        atomic_write_json(job.workspace.job_dir / EVALUATION_FILE, {**record, **measured.record()})
+        shown = "\n".join(describe(figures) for figures in measured.figures)
+        parts.terminal.show(shown, shown)
+        return JobResult(job_dir=job.workspace.job_dir, figures=measured.figures)
+
+
+def _execute(materials: Materials, job: Job, plan: Plan, texts: Texts | None) -> Outcome:
+    """The loop over the stages."""
+    source = job.source
+    artifact, given = Artifact(kind="model", directory=source.directory, digest=source.digest), None
+    for planned in plan.stages:
+        if planned.action is Action.SKIP:
+            continue
+        # The model itself is no earlier form of the result, so the first stage's input does not count.
+        given = artifact if planned is not plan.stages[0] and artifact.digest == planned.input_key else None
+        if planned.action is Action.REUSE:
+            artifact = materials.artifact(planned)
+            continue
+        artifact = run_stage(job, planned, artifact)
+        run = job.manifest.current.run
+        job.manifest.update(run=replace(run, redone=(*run.redone, planned.spec.name)))
+    return Outcome(
+        job=job,
+        plan=plan,
+        artifact=artifact,
+        given=given,
+        texts=texts,
+        keep_intermediate=materials.loaded.parameters.save_intermediate_results,
+    )
+
+
+@contextmanager
+def _opened(loaded: LoadedRecipe, parts: Collaborators) -> Iterator[tuple[Materials, Job]]:
+    """Device, folders, log, lock and manifest of a job; all given back on leaving, the manifest told how it ended."""
+    recipe = loaded.recipe
+    process = launch.process_from_environment()
+    launch.require_one_process(process, recipe.num_processes)
+    note = launch.apply_visible_devices(recipe.cuda_id)
+    workspace = open_workspace(recipe)
+    check_target(workspace.job_dir, read_manifest(workspace.manifest_path).published)
+    workspace.create()
+    with logging_to(workspace.logs_dir, process, parts.terminal), parts.lock(workspace), interruptible():
+        for warning in (*loaded.warnings, *([note] if note else [])):
+            logger.warning("%s", warning)
+        manifest = ManifestFile(workspace.manifest_path)
+        source = parts.resolve_model(recipe, workspace)
+        materials = gather(loaded, workspace, source, manifest.current, parts)
+        job = Job(
+            recipe=recipe,
+            workspace=workspace,
+            source=source,
+            algorithm=materials.algorithm,
+            manifest=manifest,
+            parts=parts,
+            process=process,
+            device=launch.choose_device(process),
+            run_id=materials.run.id,
+            data=describe_data(recipe),
+        )
+        yield materials, job
+
+
+class _Run:
+    """The manifest's line about this call of the runner."""
+
+    def __init__(self, job: Job, loaded: LoadedRecipe, record: RunRecord) -> None:
+        self._job, self._loaded, self._record = job, loaded, record
+
+    def __enter__(self) -> None:
+        job, recipe = self._job, self._loaded.recipe
+        atomic_write_text(job.workspace.recipe_path, yaml.safe_dump(self._loaded.resolved, sort_keys=False, allow_unicode=True))
+        job.manifest.update(
+            job=f"{recipe.job_service}/{recipe.job_id}",
+            algorithm=job.algorithm.name,
+            recipe_digest=recipe_digest(self._loaded),
+            model={"name": job.source.name, "digest": job.source.digest, "parameters": job.source.num_parameters},
+            paths=_paths(job.workspace, job.source.directory),
+            versions=versions(),
+            run=self._record,
+            warnings=self._loaded.warnings,
+        )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        status = Status.FINISHED
+        if kind is not None and not issubclass(kind, CertificateError):  # a verdict is an end, not a stop on the way
+            status = Status.INTERRUPTED if issubclass(kind, KeyboardInterrupt) else Status.FAILED
+        manifest = self._job.manifest
+        manifest.update(run=replace(manifest.current.run, status=status, finished=now()))
+        if status is Status.INTERRUPTED:
+            message = "Interrupted; what is finished is kept. The same command resumes where it stopped."
+            logger.warning("%s", message)
+            raise JobInterrupted(message) from error
+
+
+def _paths(workspace: Workspace, model: Path) -> dict[str, str]:
+    return {
+        "job": str(workspace.job_dir),
+        "logs": str(workspace.logs_dir),
+        "cache": str(workspace.cache_dir),
+        "model": str(model),
+    }
+
+
+def _texts(job: Job) -> Texts | None:
+    """The texts of EVALUATION, read before the work starts: a missing one should not show after hours."""
+    settings = job.recipe.evaluation
+    if settings is None or not settings.corpora:
+        return None
+    positions = job.source.config.to_dict().get("max_position_embeddings")
+    return load_texts(settings, lambda name: job.parts.corpus_tokens(name, job.recipe, job.source, job.workspace), positions)
+
+
+def _announce(plan: Plan) -> None:
+    for stage in plan.stages:
+        logger.info("Plan: %s: %s (%s)", stage.spec.name, stage.action.value, stage.reason)
+    for warning in plan.warnings:
+        logger.warning("%s", warning)
+
+
+def _with_factory(parts: Collaborators | None, factory: AlgorithmFactory | None) -> Collaborators:
+    parts = parts or Collaborators()
+    return parts if factory is None else replace(parts, algorithm_class=factory)

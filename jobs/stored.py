@@ -1,0 +1,58 @@
+"""A model on disk that somebody wants scored: a job's folder, one of its artifacts, or any Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from algorithms.base import Artifact
+from algorithms.modeling.files import folder_digest
+from configs.errors import DataError
+from jobs.manifest import StageRecord, Status, read_manifest
+from jobs.preparation import Materials
+
+_CONFIG, _MANIFEST = "config.json", "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A float32 model that runs, and the digest that names its content."""
+
+    model: nn.Module
+    digest: str
+
+
+def load_stored(directory: Path, materials: Materials) -> StoredModel:
+    """Load what stands in ``directory``: with the algorithm's own reader where a job of it wrote the folder, else as it stands.
+
+    Raises:
+        DataError: the folder holds neither a finished artifact nor a model.
+    """
+    place = directory.expanduser().resolve()
+    found = _record_of(place, materials)
+    if found is not None:
+        model = materials.algorithm.load(Artifact(kind=found.kind, directory=place, digest=found.key))
+        return StoredModel(model=model.eval().requires_grad_(False), digest=found.key)
+    if not (place / _CONFIG).is_file():
+        raise DataError(
+            f"{directory} holds no model: no {_CONFIG}, and no finished stage of a {materials.algorithm.name} job. "
+            "Name a job folder, a folder below its tmp/, or a Hugging Face model folder."
+        )
+    dense = materials.parts.load_dense(place, materials.loaded.recipe.trust_remote_code)
+    return StoredModel(model=dense, digest=folder_digest(place))
+
+
+def _record_of(place: Path, materials: Materials) -> StageRecord | None:
+    """The finished stage that wrote the folder: a job folder stands for its last stage, tmp/<directory> for its own."""
+    last = materials.specs[-1].name
+    for manifest_path, wanted in ((place / _MANIFEST, None), (place.parent.parent / _MANIFEST, place.name)):
+        if not manifest_path.is_file():
+            continue
+        manifest = read_manifest(manifest_path)
+        for name, record in manifest.stages.items():
+            matches = name == last if wanted is None else record.directory == wanted
+            if matches and record.status is Status.FINISHED and record.algorithm == materials.algorithm.name:
+                return record
+    return None
