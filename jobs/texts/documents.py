@@ -236,9 +236,9 @@ def _spans(split: str) -> list[tuple[str, Mapping[str, str | None]]]:
 def _slice(bounds: Mapping[str, str | None], count: int) -> slice:
     """Bounds in rows or percent of ``count`` rows, percent rounded to the nearest row."""
 
-    def row(bound: str | None) -> int | None:
+    def _row(bound: str | None) -> int | None:
         if bound is None:
             return None
         return round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
 
-    return slice(row(bounds["start"]), row(bounds["stop"]))
+    return slice(_row(bounds["start"]), _row(bounds["stop"]))
