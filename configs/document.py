@@ -37,7 +37,9 @@ class Document:
             self.problems.append(RecipeProblem(file=file, line=line, key=key, value=value, expected=expected, nearest=nearest))
 
     def _place(self, path: KeyPath) -> tuple[str, int | None]:
-        """Where ``path`` was written: itself, or the nearest block around it."""
+        """Where ``path`` was written: itself, something in it, or the nearest block around it."""
+        if path and path not in self.lines and any(typed[: len(path)] == path for typed in self.typed):
+            return COMMAND_LINE, None
         for length in range(len(path), 0, -1):
             if path[:length] in self.typed:
                 return COMMAND_LINE, None

@@ -15,7 +15,8 @@ from configs.tree import KeyPath
 from configs.values import nearest_name
 
 MAX_REFERRING = 200  # values that hold references
-MAX_EXPANDED = 1_000_000  # characters of one value with every reference written out
+MAX_EXPANDED = 1_000_000  # characters of all these values with every reference written out
+REFERENCE_COST = 500  # characters that one reference counts for: OmegaConf takes about 0.1 ms to follow it
 REFERENCE = re.compile(r"\$\{([^${}:]+)\}")
 RESOLVER = re.compile(r"\$\{([^${}:]*):[^${}]*\}")
 OPENING = re.compile(r"(?<!\\)\$\{")
@@ -80,6 +81,7 @@ class _References:
     def __init__(self, values: dict[str, object]) -> None:
         self._values = values
         self._sizes: dict[KeyPath, int] = {}
+        self._total = 0
         self._following: set[KeyPath] = set()
 
     def check(self, path: KeyPath, text: str) -> None:
@@ -93,11 +95,12 @@ class _References:
             if not name.startswith(".") and self._find(self._target(path, name)) is _ABSENT:
                 known = (".".join(map(str, leaf)) for leaf, _ in _leaves(self._values, ()))
                 raise _ReferenceError(f"a reference to a key of this recipe ({name} is none)", nearest_name(name, known))
-        if self._size(path) > MAX_EXPANDED:
-            raise _ReferenceError(f"references that expand to at most {MAX_EXPANDED} characters")
+        self._total += self._size(path)
+        if self._total > MAX_EXPANDED:
+            raise _ReferenceError(f"references that expand to at most {MAX_EXPANDED // REFERENCE_COST} others, or less text")
 
     def _size(self, path: KeyPath) -> int:
-        """Characters of the value at ``path`` once all is written out, never much more than the limit."""
+        """What the value at ``path`` costs once all is written out, in characters and never much more than the limit."""
         if path in self._following:
             raise _ReferenceError("references that do not lead back to themselves")
         if path not in self._sizes:
@@ -115,7 +118,8 @@ class _References:
             return 1 + sum(self._size((*path, key)) for key in keys)
         if not isinstance(value, str):
             return 1
-        return 1 + len(value) + sum(self._size(self._target(path, name)) for name in REFERENCE.findall(value))
+        targets = [self._target(path, name) for name in REFERENCE.findall(value)]
+        return 1 + len(value) + sum(REFERENCE_COST + self._size(target) for target in targets)
 
     def _target(self, path: KeyPath, name: str) -> KeyPath:
         """The path that ``name`` means in the value at ``path``; leading dots count blocks from the inside out."""

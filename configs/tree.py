@@ -195,7 +195,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> TreeError:
     lines = text.splitlines()
     if mark is not None and mark.line < len(lines) and "\t" in lines[mark.line]:
         details += "; indent with spaces, not with tabs"
-    return TreeError(f"valid YAML ({details})", None if mark is None else mark.line + 1)
+    return TreeError(f"valid YAML ({details})", None if mark is None else min(mark.line + 1, len(lines)))
 
 
 def _scalar_value(event: yaml.ScalarEvent, line: int) -> object:

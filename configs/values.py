@@ -161,11 +161,12 @@ def flag(value: object) -> bool:
 
 
 def text(value: object) -> str:
-    """Reads a text that is not empty; a bare number is taken as written."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    """Reads a text that is not empty; a whole number is taken as written."""
+    if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise expected("a text")
+        quotes = " (in quotes: without them it is a number, true or false)" if isinstance(value, bool | float) else ""
+        raise expected(f"a text{quotes}")
     if "\0" in value:
         raise expected("a text without null characters")
     return value

@@ -55,11 +55,9 @@ def _run(loaded: LoadedRecipe, arguments: Arguments) -> None:
 
 
 def _plan(loaded: LoadedRecipe, arguments: Arguments) -> None:
-    from jobs.logs import Terminal
     from jobs.runner import plan_job
 
-    plan = plan_job(loaded)
-    Terminal().show(plan.as_table(), plan.as_text())
+    _say([str(plan_job(loaded))])
 
 
 def _evaluate(loaded: LoadedRecipe, arguments: Arguments) -> None:

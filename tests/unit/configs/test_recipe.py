@@ -1,0 +1,102 @@
+"""The envelope: each key's forms, and the checks between keys."""
+
+import pytest
+
+from tests.support.recipes import SMALL, load, problems_of
+
+
+def expectation(tmp_path, *overrides: str) -> str:
+    """What was expected by the one problem that the overrides cause."""
+    (problem,) = problems_of(SMALL, tmp_path, *overrides)
+    assert problem.key in overrides[-1]
+    return problem.expected
+
+
+@pytest.mark.parametrize(
+    "job_id", ["../x", "/abs", "a/../../b", "~", "~root/x", ".", "C:\\x", "a\\b", "[a]", "true", "1.5", "null"]
+)
+def test_a_job_cannot_leave_the_user_folder(tmp_path, job_id):
+    assert expectation(tmp_path, f"JOB_ID={job_id}")
+
+
+@pytest.mark.parametrize(("job_id", "name"), [("7", "7"), ("a/b", "a/b"), ("2024-01-01", "2024-01-01"), ("..x", "..x")])
+def test_job_names_that_stay(tmp_path, job_id, name):
+    assert load(SMALL, tmp_path, f"JOB_ID={job_id}").recipe.job_id == name
+
+
+def test_models_and_data_sets_are_names_or_open_paths(tmp_path):
+    for model in ("org/name", "/abs/model", "../models/tiny", "./x", "models/tiny"):
+        assert load(SMALL, tmp_path, f"MODEL={model}").recipe.model == model
+    for name in ("org/name", "gsm8k", "../calib.pt", "/abs/tokens.pth"):
+        assert load(SMALL, tmp_path, f"DATASET_NAME={name}").recipe.dataset_name == name
+    assert "leading /" in expectation(tmp_path, "MODEL=org/../../x")
+    assert "DATA_PATH" in expectation(tmp_path, "DATASET_NAME=../secret")
+    assert "DATA_PATH" in expectation(tmp_path, "DATASET_NAME=/abs/folder")
+
+
+def test_the_service_is_known_in_any_case_and_kept_as_written(tmp_path):
+    assert load(SMALL, tmp_path, "JOB_SERVICE=KomPress").recipe.job_folder.parts[-2:] == ("KomPress", "trial")
+    assert load(SMALL, tmp_path, "MODEL_PATH=out").recipe.job_folder.name == "out"
+    assert expectation(tmp_path, "JOB_SERVICE=Kompres") == "Kompress or Adapt"
+
+
+def test_empty_text_means_unset(tmp_path):
+    keys = ("CUSTOM_MODEL_PATH", "DATASET_SUBNAME", "DATA_PATH", "FORMAT_STRING", "CACHE_PATH", "LOGGING_PATH", "MODEL_PATH")
+    recipe = load(SMALL, tmp_path, *(f"{key}=''" for key in keys)).recipe
+    assert [recipe.model_dump(by_alias=True)[key] for key in keys] == [None] * len(keys)
+
+
+@pytest.mark.parametrize(
+    ("value", "devices"), [("0", (0,)), ("'0,1,2'", (0, 1, 2)), ("[3, 1]", (3, 1)), ("", ()), ("3,2", (3, 2))]
+)
+def test_device_numbers_keep_their_order(tmp_path, value, devices):
+    assert load(SMALL, tmp_path, f"CUDA_ID={value}").recipe.cuda_id == devices
+
+
+@pytest.mark.parametrize("value", ["a", "0,0", "-1", "true", "[[0]]", "0.5", "{a: 1}"])
+def test_what_is_no_device(tmp_path, value):
+    assert "device numbers" in expectation(tmp_path, f"CUDA_ID={value}")
+
+
+def test_several_columns_need_a_template_of_those_columns(tmp_path):
+    columns = "TEXT_COLUMN=question,answer"
+    good = load(SMALL, tmp_path, columns, "FORMAT_STRING=Q: {question} {{literal}} A: {answer}").recipe
+    assert good.text_column == ("question", "answer")
+    missing = problems_of(SMALL, tmp_path, columns)
+    assert [problem.key for problem in missing] == ["FORMAT_STRING"]
+    for template in ("{nope}", "{}", "{0}", "{question.__class__}", "{question[0]}", "{question", "plain text"):
+        assert expectation(tmp_path, columns, f"FORMAT_STRING={template}")
+
+
+def test_stages_and_formats_are_those_of_the_algorithm(tmp_path):
+    assert load(SMALL, tmp_path, "STAGES=[conversion]", "EXPORT=[dense, aqlm]").recipe.export == ("dense", "aqlm")
+    assert load(SMALL, tmp_path, "STAGES=null").recipe.stages is None
+    assert "calibration, finetune, conversion" in expectation(tmp_path, "STAGES=[convert]")
+    assert "aqlm, dense" in expectation(tmp_path, "EXPORT=[awq]")
+    assert "null for all" in expectation(tmp_path, "STAGES=[]")
+    assert "without repetitions" in expectation(tmp_path, "EXPORT=[aqlm, aqlm]")
+
+
+def test_texts_to_evaluate_on_are_known_or_local(tmp_path):
+    local = "CORPORA={novel: {train: a.txt, test: b.txt}, ptb: c.txt}"
+    recipe = load(SMALL, tmp_path, local, "EVALUATION={perplexity: [novel, ptb, c4], max_tokens: 1e4}").recipe
+    assert recipe.evaluation.corpora == ("novel", "ptb", "c4")
+    assert recipe.evaluation.max_tokens == 10_000
+    assert str(recipe.corpora["novel"]["test"]) == "b.txt"
+    (unknown,) = problems_of(SMALL, tmp_path, "EVALUATION={perplexity: [novel]}")
+    assert unknown.key == "EVALUATION.perplexity"
+    (tasks,) = problems_of(SMALL, tmp_path, "EVALUATION={tasks: ['gsm8k:5']}")
+    assert tasks.key == "EVALUATION.tasks"
+    assert load(SMALL, tmp_path, "EVALUATION=null").recipe.evaluation is None
+
+
+@pytest.mark.parametrize("value", ["[a]", "{'a b': x}", "{../a: x}", "{a: {all: x}}", "{a: 3}", "{a: {train: null}}"])
+def test_what_is_no_local_text(tmp_path, value):
+    assert expectation(tmp_path, f"CORPORA={value}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("NUM_PROCESSES", "0"), ("TRUST_REMOTE_CODE", "1"), ("TASK", "vision"), ("SPLIT", "null")]
+)
+def test_wrong_single_values(tmp_path, key, value):
+    assert expectation(tmp_path, f"{key}={value}")
