@@ -1,0 +1,185 @@
+"""An algorithm that compresses nothing: stages that count their blocks on disk, a model that is one table, exports as files.
+
+The model is a table of logits by token. "Compression" multiplies the table by a scale that depends on the calibration tokens,
+so every setting, input and data set leaves its mark in the result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
+
+VOCABULARY = 16
+
+
+class FakeConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    save_intermediate_results: bool = True
+    overwrite: bool | tuple[str, ...] = False
+    evaluate_only: bool = False
+    blocks: int = 3
+    scale: float = 0.5
+    num_samples: int = 4
+    tunes: bool = False
+    journal: Path  # one line for every block that is computed, in every run
+    wait_at: int | None = None  # the block before which the stage waits for a kill
+    fail_at: int | None = None
+    hidden: bool = False  # preflight refuses the job
+
+
+class TableModel(nn.Module):
+    """Logits [n, t, v]: the table's row of each token."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table.float())
+
+    def forward(self, tokens: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[tokens])
+
+
+def base_table() -> torch.Tensor:
+    return torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(3))
+
+
+@dataclass
+class FakeSource:
+    """What the runner asks of a ModelSource."""
+
+    directory: Path
+    name: str = "org/fake"
+    digest: str = "model-1"
+    vocab_size: int = VOCABULARY
+    num_parameters: int = VOCABULARY * VOCABULARY + 8
+    trust_remote_code: bool = False
+    weight_files: dict[str, str] = field(default_factory=lambda: {"table": "model.safetensors"})
+    config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(to_dict=dict))
+
+    @classmethod
+    def create(cls, directory: Path) -> FakeSource:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({"table": base_table()}, str(directory / "model.safetensors"))
+        (directory / "config.json").write_text("{}")
+        return cls(directory=directory)
+
+
+class FakeAlgorithm(CompressionAlgorithm):
+    name = "FAKE"
+    formats = ("dense", "other")
+
+    def stages(self) -> Sequence[StageSpec]:
+        config = self.config
+        request = TokenRequest(num_samples=config.num_samples, sequence_length=8, seed=7, validation_samples=1)
+        specs = [
+            StageSpec(
+                name="calibration",
+                run=self._calibrate,
+                directory="calibration",
+                kind="fake-calibration",
+                settings={"blocks": config.blocks, "scale": config.scale},
+                tokens=request,
+                reuse_on_new_data=True,
+            ),
+            StageSpec(name="finetune", run=self._tune, directory="finetune", kind="fake-finetune", tokens=request),
+            StageSpec(
+                name="conversion",
+                run=self._convert,
+                directory="converted",
+                kind="fake-converted",
+                settings={"exports": list(self.exports)},
+            ),
+        ]
+        return specs if config.tunes else [specs[0], specs[2]]
+
+    def preflight(self) -> None:
+        if self.config.hidden:
+            from configs.errors import DataError
+
+            raise DataError("this recipe cannot run here")
+
+    def load(self, artifact: Artifact) -> nn.Module:
+        return TableModel(load_file(str(artifact.directory / "model.safetensors"))["table"])
+
+    def bits(self, artifact: Artifact) -> dict[str, float]:
+        return {"codes": 2.0 * VOCABULARY**2, "scales": 0.5 * VOCABULARY**2, "parameters": VOCABULARY**2}
+
+    def _calibrate(self, context: StageContext, given: Artifact) -> Artifact:
+        with context.progress("calibration", self.config.blocks) as step:
+            for block in range(self.config.blocks):
+                self._block(context, block)
+                step(f"block {block}")
+        tokens = sum(int(sequence.sum()) for sequence in context.tokens)
+        return self._write(context, given, self.config.scale * (1 + tokens / 1e4), "fake-calibration")
+
+    def _block(self, context: StageContext, block: int) -> None:
+        path = context.output_dir / f"{block}.json"
+        if path.exists():
+            return
+        if self.config.wait_at == block:
+            self._note("waiting")
+            time.sleep(60)
+        if self.config.fail_at == block:
+            raise RuntimeError("the fake stage fails")
+        self._note(f"calibration {block}")
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps({"block": block, "tokens": [sequence.tolist() for sequence in context.tokens]}))
+        partial.replace(path)
+
+    def _tune(self, context: StageContext, given: Artifact) -> Artifact:
+        self._note("finetune")
+        tokens = sum(int(sequence.sum()) for sequence in context.tokens)
+        return self._write(context, given, 1 + tokens / 1e4, "fake-finetune")
+
+    def _convert(self, context: StageContext, given: Artifact) -> Artifact:
+        self._note("conversion")
+        artifact = self._write(context, given, 1.0, "fake-converted")
+        (context.output_dir / "config.json").write_text(json.dumps({"format": self.exports[0]}))
+        for name in self.exports[1:]:
+            folder = context.output_dir / "exports" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "model.safetensors").write_bytes((context.output_dir / "model.safetensors").read_bytes())
+            (folder / "config.json").write_text(json.dumps({"format": name}))
+        return artifact
+
+    def _write(self, context: StageContext, given: Artifact, scale: float, kind: str) -> Artifact:
+        table = load_file(str(given.directory / "model.safetensors"))["table"]
+        save_file({"table": table * scale}, str(context.output_dir / "model.safetensors"))
+        context.metrics({"scale": scale})
+        return Artifact(kind=kind, directory=context.output_dir, digest="")
+
+    def _note(self, line: str) -> None:
+        with self.config.journal.open("a") as stream:
+            stream.write(line + "\n")
+
+
+def perplexity(model: Callable, tokens: torch.Tensor, sequence_length: int) -> SimpleNamespace:
+    """exp of the mean cross-entropy over whole windows."""
+    windows = tokens[: tokens.numel() // sequence_length * sequence_length].view(-1, sequence_length)
+    logits = model(windows).logits[:, :-1]
+    loss = nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), windows[:, 1:].reshape(-1))
+    return SimpleNamespace(value=loss.exp().item(), windows=windows.shape[0], tokens=windows[:, 1:].numel())
+
+
+def compare(model: Callable, base: Callable, tokens: torch.Tensor, sequence_length: int) -> SimpleNamespace:
+    after, before = perplexity(model, tokens, sequence_length), perplexity(base, tokens, sequence_length)
+    p, q = (m(tokens).logits.log_softmax(-1) for m in (base, model))
+    return SimpleNamespace(
+        perplexity=after.value,
+        base_perplexity=before.value,
+        kl_divergence=(p.exp() * (p - q)).sum(-1).mean().item(),
+        top1_agreement=(p.argmax(-1) == q.argmax(-1)).float().mean().item(),
+        windows=after.windows,
+        tokens=after.tokens,
+    )
