@@ -129,9 +129,12 @@ class ModelSource:
     def skeleton(self) -> nn.Module:
         """A fresh model of this configuration in evaluation mode: parameters on the meta device, buffers (rotary tables) real."""
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        config = copy.deepcopy(self.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
+                config, dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
             )
         model.tie_weights()
         return model.eval().requires_grad_(False)
@@ -157,6 +160,27 @@ class ModelSource:
     def outside_names(self) -> tuple[str, ...]:
         """Names of every stored tensor that belongs to no block: embeddings, final norm, an untied head."""
         return tuple(sorted(name for name in self.weight_files if not name.startswith(f"{self.architecture.blocks}.")))
+
+    def raw_config(self) -> dict[str, object]:
+        """config.json as it stands on disk."""
+        return json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+
+    def model_from(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """A float32 model of this configuration with the given weights.
+
+        Args:
+            state: every parameter by name; a tied head may be left out.
+
+        Raises:
+            ValueError: missing or unknown names.
+        """
+        model = self.skeleton()
+        missing, unknown = model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        absent = sorted({name for name, parameter in model.named_parameters() if parameter.is_meta} & set(missing))
+        if absent or unknown:
+            raise ValueError(f"{self.directory}: weights do not fit the model (missing {absent[:3]}, unknown {unknown[:3]})")
+        return model.eval().requires_grad_(False)
 
     def load_outside(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         """The model around its blocks: real embeddings, norm and head; the blocks' parameters stay on the meta device."""

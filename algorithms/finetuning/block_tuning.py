@@ -1,0 +1,193 @@
+"""Block-wise tuning: the continuous parameters of a compressed block against the outputs it should have."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from algorithms.finetuning.tunable import TunableLinear
+from algorithms.modeling.block_loop import BlockData
+
+logger = logging.getLogger(__name__)
+
+_WARMUP_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """How to tune a block.
+
+    Sequences, not tokens, are counted by ``batch_size`` and ``micro_batch_size``. The learning rate warms up over five steps
+    and falls to zero along a cosine. ``early_stop`` epochs in a row without a better validation loss end the tuning.
+    """
+
+    max_epochs: int
+    batch_size: int
+    micro_batch_size: int
+    betas: tuple[float, float] = (0.9, 0.95)
+    early_stop: int | None = None
+    keep_best: bool = True
+    recompute: bool = False
+
+
+@dataclass(kw_only=True)
+class TuningReport:
+    """What happened: mean squared errors before the first and after each epoch, and whether the block was put back."""
+
+    training_losses: list[float] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    reverted: str | None = None
+
+
+def tune_block(
+    index: int,
+    block: nn.Module,
+    data: BlockData,
+    parameters: Sequence[tuple[nn.Parameter, float]],
+    settings: TuningSettings,
+    generator: torch.Generator,
+) -> TuningReport:
+    """Minimise the mean squared error of the block's outputs over ``parameters``, given as (tensor, learning rate).
+
+    With validation sequences the best epoch is restored at the end, the untouched start included. A loss that is not finite
+    puts the block back to its best state, or to its start: it never ends the job.
+
+    Returns:
+        Losses by epoch; the block is changed in place and left without gradients.
+    """
+    tensors = [parameter for parameter, _ in parameters]
+    optimizer = torch.optim.Adam([{"params": [p], "lr": rate, "peak": rate} for p, rate in parameters], betas=settings.betas)
+    report = TuningReport()
+    has_validation = data.validation_inputs.num_sequences > 0
+    best, best_loss = _snapshot(tensors), math.inf
+    if has_validation:
+        best_loss = _validation_loss(index, block, data)
+        report.validation_losses.append(best_loss)
+    examples = _Examples(index, block, data, settings)
+    steps = settings.max_epochs * examples.steps_per_epoch
+    for parameter in tensors:
+        parameter.requires_grad_(True)
+    for epoch in range(settings.max_epochs):
+        loss = _run_epoch(examples, optimizer, first_step=epoch * examples.steps_per_epoch, steps=steps, generator=generator)
+        report.training_losses.append(loss)
+        validation = _validation_loss(index, block, data) if has_validation else loss
+        if not (math.isfinite(loss) and math.isfinite(validation)):
+            report.reverted = f"loss not finite in epoch {epoch + 1}"
+            logger.warning("block %d: %s; its last good parameters are restored", index, report.reverted)
+            break
+        if has_validation:
+            report.validation_losses.append(validation)
+        if not has_validation or not settings.keep_best or validation < best_loss:
+            best, best_loss, report.best_epoch = _snapshot(tensors), validation, epoch + 1
+        elif settings.early_stop is not None and epoch + 1 - report.best_epoch >= settings.early_stop:
+            break
+    _restore(tensors, best)
+    return report
+
+
+class _Examples:
+    """The training sequences of one block, addressed singly."""
+
+    def __init__(self, index: int, block: nn.Module, data: BlockData, settings: TuningSettings) -> None:
+        self._index = index
+        self._block = block
+        self._data = data
+        self._settings = settings
+        self._places = [(b, row) for b, batch in enumerate(data.inputs.batches) for row in range(batch.shape[0])]
+        self.batch_size = min(settings.batch_size, len(self._places))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass; a last, smaller batch counts."""
+        return math.ceil(len(self._places) / self.batch_size)
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[list[tuple[int, int]]]:
+        """Batches of places in a fresh random order, each sequence once."""
+        order = torch.randperm(len(self._places), generator=generator).tolist()
+        for start in range(0, len(order), self.batch_size):
+            yield [self._places[i] for i in order[start : start + self.batch_size]]
+
+    def backward(self, places: Sequence[tuple[int, int]]) -> float:
+        """Accumulate the gradient of the batch's mean squared error over its micro-batches; returns that error."""
+        inputs, targets = self._data.inputs, self._data.targets
+        elements = sum(targets.batches[b][row].numel() for b, row in places)
+        total = 0.0
+        for micro in _equal_lengths(places, inputs.batches, self._settings.micro_batch_size):
+            hidden = torch.stack([inputs.batches[b][row] for b, row in micro]).to(inputs.device)
+            wanted = torch.stack([targets.batches[b][row] for b, row in micro]).to(inputs.device)
+            loss = F.mse_loss(self._run(hidden).float(), wanted.float(), reduction="sum") / elements
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def step_context(self) -> ExitStack:
+        """Weights decoded once for the micro-batches of a step."""
+        stack = ExitStack()
+        for module in self._block.modules():
+            if isinstance(module, TunableLinear):
+                stack.enter_context(module.shared_weight())
+        return stack
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        run: Callable[[Tensor], Tensor] = lambda x: self._data.inputs.arguments.run(self._block, self._index, x)  # noqa: E731
+        return checkpoint(run, hidden, use_reentrant=False) if self._settings.recompute else run(hidden)
+
+
+def _run_epoch(
+    examples: _Examples, optimizer: torch.optim.Optimizer, *, first_step: int, steps: int, generator: torch.Generator
+) -> float:
+    losses = []
+    for step, places in enumerate(examples.shuffled(generator), start=first_step):
+        factor = min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for settings in optimizer.param_groups:
+            settings["lr"] = settings["peak"] * factor
+        optimizer.zero_grad()
+        with examples.step_context():
+            losses.append(examples.backward(places))
+        if not math.isfinite(losses[-1]):
+            return math.nan
+        optimizer.step()
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def _validation_loss(index: int, block: nn.Module, data: BlockData) -> float:
+    total, elements = 0.0, 0
+    with ExitStack() as stack:
+        for module in block.modules():
+            if isinstance(module, TunableLinear):
+                stack.enter_context(module.shared_weight())
+        for batch, target in zip(data.validation_inputs, data.validation_targets, strict=True):
+            output = data.inputs.arguments.run(block, index, batch)
+            total += F.mse_loss(output.float(), target.float(), reduction="sum").item()
+            elements += target.numel()
+    return total / elements
+
+
+def _equal_lengths(places: Sequence[tuple[int, int]], batches: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, int]]]:
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for place in places:
+        by_length.setdefault(batches[place[0]].shape[1], []).append(place)
+    for group in by_length.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _snapshot(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _restore(tensors: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.requires_grad_(False)
+        tensor.grad = None
+        tensor.copy_(value)

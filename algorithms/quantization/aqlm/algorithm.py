@@ -1,0 +1,112 @@
+"""AQLM: additive quantization with learned codebooks, tuned block by block (arXiv 2401.06118)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
+from algorithms.formats.aqlm import packed_linears
+from algorithms.modeling.source import ModelSource
+from algorithms.quantization.aqlm import stages
+from algorithms.quantization.aqlm.config import AqlmConfig
+from algorithms.quantization.aqlm.weight import stored_bits
+
+# Keys that change how a calibration runs, not what comes out of it beyond rounding: an out-of-memory remedy keeps all blocks.
+_NOT_SHAPING = {
+    "local_batch_size", "offload_activations", "use_checkpointing", "print_frequency", "skip_out_loss", "no_quant", "resume",
+    "trust_remote_code", "use_fast_tokenizer", "new_eval", "exp_name", "devices", "load", "on_save", "use_faiss", "wandb", "lr",
+    "num_samples", "sequence_length", "validation_size",
+}  # fmt: skip
+
+
+class Aqlm(CompressionAlgorithm):
+    """The plugin: stages calibration and conversion."""
+
+    name = "AQLM"
+    formats = ("aqlm", "dense")
+
+    def __init__(self, config: AqlmConfig, exports: Sequence[str] = ()) -> None:
+        super().__init__(config, exports)
+        self._calibration = config.calibration_config
+
+    def stages(self) -> Sequence[StageSpec]:
+        """Calibration and conversion, with the settings that shape each."""
+        config = self._calibration
+        settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _NOT_SHAPING}
+        return (
+            StageSpec(
+                name="calibration",
+                run=self._calibrate,
+                directory="calibration",
+                kind=stages.CALIBRATED,
+                settings=settings,
+                tokens=TokenRequest(
+                    num_samples=config.num_samples,
+                    sequence_length=config.sequence_length,
+                    seed=config.seed,
+                    validation_samples=config.validation_size,
+                ),
+                reuse_on_new_data=True,
+            ),
+            StageSpec(
+                name="conversion",
+                run=self._convert,
+                directory="converted",
+                kind=stages.CONVERTED,
+                settings={"exports": list(self.exports)},
+            ),
+        )
+
+    def load(self, artifact: Artifact) -> nn.Module:
+        """A calibration or a converted checkpoint as a float32 model."""
+        if artifact.kind == stages.CALIBRATED:
+            return stages.load_calibrated(artifact.directory)
+        return stages.load_converted(artifact.directory)
+
+    def bits(self, artifact: Artifact) -> Mapping[str, float]:
+        """Stored bits of codes, codebooks and scales over all compressed linears, and the number of weights they hold."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        totals: Counter[str] = Counter()
+        for path in sorted(artifact.directory.glob("*.safetensors")):
+            shapes |= {f"{path.stem} {name}" if path.stem.isdecimal() else name: shape for name, shape in _shapes(path).items()}
+        for prefix in packed_linears(list(shapes)):
+            codes, codebooks = shapes[f"{prefix}.codes"], shapes[f"{prefix}.codebooks"]
+            totals.update(stored_bits(codes, codebooks))
+            totals["parameters"] += codes[0] * codes[1] * codebooks[2] * codebooks[3]
+        return dict(totals)
+
+    def _calibrate(self, context: StageContext, _artifact: Artifact) -> Artifact:
+        check_shapes(context.source, in_group=self._calibration.in_group_size, out_group=self._calibration.out_group_size)
+        return stages.calibrate(context, self._calibration)
+
+    def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:
+        return stages.convert(context, artifact, self._calibration, self.exports)
+
+
+def check_shapes(source: ModelSource, *, in_group: int, out_group: int) -> None:
+    """Every linear must be a whole number of groups in both directions.
+
+    Raises:
+        ValueError: lists all that are not.
+    """
+    block = source.skeleton().get_submodule(source.architecture.blocks)[0]
+    wrong = []
+    for name in source.architecture.linears:
+        rows, columns = block.get_submodule(name).weight.shape
+        if rows % out_group or columns % in_group:
+            wrong.append(f"{name} [{rows}, {columns}]")
+    if wrong:
+        raise ValueError(
+            f"llm.AQLM.calibration_config: groups of {out_group} x {in_group} do not divide {', '.join(wrong)}; "
+            "choose an in_group_size that divides the number of columns and an out_group_size that divides the rows."
+        )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(path, framework="pt") as handle:
+        return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118 - not iterable

@@ -1,0 +1,143 @@
+"""AQLM calibration: additive codebooks for every linear of a block, then block tuning (arXiv 2401.06118)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.finetuning.block_tuning import TuningSettings, tune_block
+from algorithms.formats.aqlm import dense_state, pack, to_storage
+from algorithms.modeling.block_loop import BlockData, relative_output_error
+from algorithms.numerics.additive_fit import AdditiveSettings, fit_additive
+from algorithms.numerics.randomness import keyed_generator
+from algorithms.numerics.statistics import InputStatistics
+from algorithms.quantization.aqlm.config import CalibrationConfig
+from algorithms.quantization.aqlm.weight import AqlmLinear, stored_bits
+
+logger = logging.getLogger(__name__)
+
+# Peak Adam steps as fractions of a tensor's root mean square, used where the recipe names no finetune_lr: they hold at every
+# width, where an absolute rate does not. Measured in this folder's README.
+_CODEBOOK_STEP, _OTHER_STEP = 0.033, 0.003
+_TUNING_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Progress:
+    started: float
+    linears: dict[str, dict[str, object]]
+
+
+class AqlmCompressor:
+    """What AQLM does with a block; see :class:`algorithms.modeling.block_loop.BlockCompressor`."""
+
+    def __init__(self, config: CalibrationConfig) -> None:
+        self._config = config
+        self._settings = fit_settings(config)
+        self._block = _Progress(started=0.0, linears={})
+
+    def compress_linear(self, index: int, name: str, linear: nn.Linear, statistics: InputStatistics) -> nn.Module:
+        """Fit additive codebooks to one linear under the Hessian of its inputs."""
+        if not self._block.linears:
+            self._block = _Progress(started=time.process_time(), linears={})
+        matrix, hessian = linear.weight.detach().float(), statistics.hessian()
+        fit = fit_additive(matrix, hessian, self._settings, keyed_generator(self._config.seed, "aqlm", index, name))
+        power = torch.sum((matrix @ hessian) * matrix).item()
+        bits = stored_bits(tuple(fit.weight.codes.shape), tuple(fit.weight.codebooks.shape))
+        num_groups = fit.weight.codes.shape[0] * fit.weight.codes.shape[1]
+        if num_groups < self._settings.num_codewords:
+            logger.warning(
+                "block %d %s has %d groups, fewer than %d codewords: its codebooks are padded and cost it %.1f bits a weight",
+                index, name, num_groups, self._settings.num_codewords, sum(bits.values()) / matrix.numel(),
+            )  # fmt: skip
+        self._block.linears[name] = {
+            "relative_error": fit.losses[-1] / power if power else 0.0,
+            "rounds": len(fit.losses) - 1,
+            "bits_per_weight": sum(bits.values()) / matrix.numel(),
+        }
+        return AqlmLinear(fit.weight, linear.bias)
+
+    def finish_block(self, index: int, block: nn.Module, data: BlockData) -> Mapping[str, object]:
+        """Tune codebooks, scales, norms and biases of the block; returns its report."""
+        report: dict[str, object] = {"index": index, "linears": self._block.linears}
+        if self._config.finetune_max_epochs > 0:
+            generator = keyed_generator(self._config.seed, "aqlm", index, "tuning")
+            settings = tuning_settings(self._config, sequence_length=data.inputs.batches[0].shape[1])
+            report["tuning"] = asdict(tune_block(index, block, data, self._learning_rates(block), settings, generator))
+        if not self._config.skip_out_loss:
+            held_out = data.validation_inputs.num_sequences > 0
+            inputs = data.validation_inputs if held_out else data.inputs
+            targets = data.validation_targets if held_out else data.targets
+            report["output_error"] = relative_output_error(block, index, inputs, targets)
+        report["cpu_seconds"] = time.process_time() - self._block.started
+        self._block = _Progress(started=0.0, linears={})
+        return report
+
+    def freeze_block(self, block: nn.Module) -> dict[str, Tensor]:
+        """The block in its stored form, rounded to float16; the block goes on with exactly these values."""
+        tensors: dict[str, Tensor] = {}
+        packed = {name: module for name, module in block.named_modules() if isinstance(module, AqlmLinear)}
+        for name, module in packed.items():
+            tensors |= pack(module.current(), name)
+        inside = tuple(f"{name}.{part}" for name in packed for part in ("codebooks", "scales"))
+        for name, parameter in block.named_parameters():
+            if name not in inside:
+                tensors[name] = to_storage(parameter.detach(), name)
+        for name, module in packed.items():
+            no, ni, _ = module.current().codes.shape
+            og, ig = module.current().group_shape
+            linear = nn.Linear(ni * ig, no * og, bias=module.bias is not None, device="meta")
+            block.set_submodule(name, linear)
+        self.restore_block(block, tensors)
+        return tensors
+
+    def restore_block(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Dense float32 linears with the stored values."""
+        block.load_state_dict(dense_state(tensors), assign=True)
+        block.requires_grad_(False)
+
+    def _learning_rates(self, block: nn.Module) -> list[tuple[nn.Parameter, float]]:
+        given = self._config.finetune_lr
+        codebooks = {id(module.codebooks) for module in block.modules() if isinstance(module, AqlmLinear)}
+        rates = []
+        for parameter in block.parameters():
+            step = _CODEBOOK_STEP if id(parameter) in codebooks else _OTHER_STEP
+            rates.append((parameter, given or step * parameter.detach().square().mean().sqrt().item()))
+        return rates
+
+
+def fit_settings(config: CalibrationConfig) -> AdditiveSettings:
+    """The recipe's keys as the fit of one matrix understands them."""
+    codewords = 1 << config.bits_per_codebook
+    per_centroid = config.init_max_points_per_centroid
+    return AdditiveSettings(
+        num_codebooks=config.num_codebooks,
+        num_codewords=codewords,
+        group_shape=(config.out_group_size, config.in_group_size),
+        beam_size=config.beam_size,
+        init_iterations=config.init_max_iterations,
+        max_points=None if per_centroid is None else per_centroid * codewords,
+        max_rounds=config.max_epochs,
+        solver_iterations=min(12, config.steps_per_epoch),
+        relative_tolerance=config.relative_mse_tolerance,
+    )
+
+
+def tuning_settings(config: CalibrationConfig, *, sequence_length: int) -> TuningSettings:
+    """The recipe's keys as block tuning understands them; without local_batch_size a micro-batch has about 2048 tokens."""
+    return TuningSettings(
+        max_epochs=config.finetune_max_epochs,
+        batch_size=config.finetune_batch_size,
+        micro_batch_size=config.local_batch_size or max(1, _TUNING_TOKENS // sequence_length),
+        betas=(config.finetune_adam_beta1, config.finetune_adam_beta2),
+        early_stop=config.finetune_early_stop,
+        keep_best=config.finetune_keep_best,
+        recompute=config.use_checkpointing,
+    )
+
+
