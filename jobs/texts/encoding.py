@@ -41,7 +41,7 @@ class Encoder:
         self.digest = tokenizer_digest(source)
         try:
             self._tokenizer: PreTrainedTokenizerBase = source.tokenizer()
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"MODEL {source.name}: the tokenizer in {source.directory} cannot be loaded ({reason}).") from error
 

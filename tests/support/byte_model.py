@@ -43,7 +43,13 @@ def text_of(tokens: Tensor) -> str:
 
 def tiny_llama(**changes: object) -> LlamaForCausalLM:
     """A Llama of two blocks, hidden size 8, with seeded weights."""
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     config = LlamaConfig(**(sizes | {"vocab_size": VOCABULARY, "tie_word_embeddings": True} | changes))
     with torch.random.fork_rng():
         torch.manual_seed(0)

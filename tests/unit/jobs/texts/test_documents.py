@@ -59,7 +59,13 @@ def test_documents_are_fetched_in_the_order_that_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize(
     ("split", "rows"),
-    [("train[:3]", [0, 1, 2]), ("train[-2:]", [8, 9]), ("train[20%:50%]", [2, 3, 4]), ("test", [3, 4]), ("test+train[:1]", [3, 4, 0])],
+    [
+        ("train[:3]", [0, 1, 2]),
+        ("train[-2:]", [8, 9]),
+        ("train[20%:50%]", [2, 3, 4]),
+        ("test", [3, 4]),
+        ("test+train[:1]", [3, 4, 0]),
+    ],
 )
 def test_slices_of_splits(tmp_path, split, rows):
     assert texts(write(tmp_path / "saved_splits"), tmp_path, split=split, TEXT_COLUMN="answer") == [f"a{row}" for row in rows]
@@ -110,7 +116,9 @@ def test_lines_of_a_corpus_are_its_rows(tmp_path, cache):
 
 def test_the_column_of_a_corpus_is_its_own(tmp_path, cache):
     (tmp_path / "p.jsonl").write_text('{"sentence": "s", "text": "t"}\n')
-    made = envelope(tmp_path, TEXT_COLUMN="question", CORPORA={"ptb": str(tmp_path / "p.jsonl"), "own": str(tmp_path / "p.jsonl")})
+    made = envelope(
+        tmp_path, TEXT_COLUMN="question", CORPORA={"ptb": str(tmp_path / "p.jsonl"), "own": str(tmp_path / "p.jsonl")}
+    )
     assert open_documents(locate_corpus(made, "ptb"), made, cache, split="test").fetch([0]) == ["s"]
     assert open_documents(locate_corpus(made, "own"), made, cache, split="test").fetch([0]) == ["t"]
 

@@ -16,7 +16,14 @@ def found(tmp_path, **keys):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.txt", "text"), ("a.jsonl", "json"), ("a.json", "json"), ("a.json.gz", "json"), ("a.csv", "csv"), ("a.parquet", "parquet")],
+    [
+        ("a.txt", "text"),
+        ("a.jsonl", "json"),
+        ("a.json", "json"),
+        ("a.json.gz", "json"),
+        ("a.csv", "csv"),
+        ("a.parquet", "parquet"),
+    ],
 )
 def test_the_suffix_says_how_a_file_is_read(tmp_path, name, kind):
     (tmp_path / name).write_text("x")
@@ -73,7 +80,9 @@ def test_corpora_by_name_and_alias(tmp_path, name, subname, corpus):
 
 def test_a_local_file_takes_the_place_of_a_corpus(tmp_path):
     (tmp_path / "t.jsonl").write_text("{}")
-    location = found(tmp_path, DATASET_NAME="togethercomputer/RedPajama-Data-1T-Sample", CORPORA={"pajama": str(tmp_path / "t.jsonl")})
+    location = found(
+        tmp_path, DATASET_NAME="togethercomputer/RedPajama-Data-1T-Sample", CORPORA={"pajama": str(tmp_path / "t.jsonl")}
+    )
     assert (location.kind, location.card.name, location.from_corpora) == ("json", "pajama", True)
 
 
@@ -109,7 +118,9 @@ def test_errors_say_where_and_what_is_near(tmp_path):
     (tmp_path / "stories.jsonl").write_text("{}")
     (tmp_path / "data.docx").write_text("x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"storys.jsonl: there is no such file or folder. .* holds stories.jsonl. Change DATA_PATH"):
+    with pytest.raises(
+        DataError, match=r"storys.jsonl: there is no such file or folder. .* holds stories.jsonl. Change DATA_PATH"
+    ):
         found(tmp_path, DATA_PATH=str(tmp_path / "storys.jsonl"))
     with pytest.raises(DataError, match=r"files ending in .docx cannot be read; readable are .jsonl, .json, .csv"):
         found(tmp_path, DATA_PATH=str(tmp_path / "data.docx"))

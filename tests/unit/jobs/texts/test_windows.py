@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_window_starts_are_disjoint_and_inside():
         assert len(starts) == length // 8
         assert starts[0] >= 0
         assert starts[-1] + 8 <= length
-        assert all(later - earlier == 8 for earlier, later in zip(starts, starts[1:], strict=False))
+        assert all(later - earlier == 8 for earlier, later in pairwise(starts))
 
 
 def test_a_single_window_starts_anywhere():
@@ -159,12 +160,16 @@ def test_packing_takes_no_more_than_a_window_from_a_long_document_while_that_is_
 
 
 def test_blank_documents_are_passed_over():
-    texts = Corpus(texts=TextList(["", " \n", "abc"]), encode=lambda batch: [torch.arange(3) for _ in batch], separator=9, origin="x")
+    texts = Corpus(
+        texts=TextList(["", " \n", "abc"]), encode=lambda batch: [torch.arange(3) for _ in batch], separator=9, origin="x"
+    )
     assert choose(texts, request(1, 3)).places[0][0] == 2
 
 
 def test_too_little_text_says_the_numbers_and_the_keys():
-    with pytest.raises(DataError, match=r"3 documents with 32 tokens make 3 sequences of model_seqlen=10.*nsamples=4") as caught:
+    with pytest.raises(
+        DataError, match=r"3 documents with 32 tokens make 3 sequences of model_seqlen=10.*nsamples=4"
+    ) as caught:
         choose(corpus([10, 10, 10]), request(4, 10))
     assert "DATA_PATH" in str(caught.value)
 
@@ -196,7 +201,7 @@ def test_windows_of_a_joined_text_are_disjoint_slices():
     text = torch.arange(200)
     selection = joined(text, request(10, 16), "x")
     starts = sorted(start for _, start in selection.places)
-    assert all(later - earlier >= 16 for earlier, later in zip(starts, starts[1:], strict=False))
+    assert all(later - earlier >= 16 for earlier, later in pairwise(starts))
     for window, (_, start) in zip(selection.sequences, selection.places, strict=True):
         assert torch.equal(window, text[None, start : start + 16])
     assert selection.counts["overlapping"] is False

@@ -1,0 +1,146 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from configs.errors import DataError
+from jobs.workspace import JobLock, JobLockedError, check_name, inside, open_workspace
+from tests.support.envelopes import envelope
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def workspace(tmp_path, **keys):
+    return open_workspace(envelope(tmp_path / "user", **keys))
+
+
+def test_the_layout_of_a_job(tmp_path):
+    found = workspace(tmp_path, JOB_SERVICE="KomPress", JOB_ID=7)
+    user = tmp_path / "user"
+    job = user / "jobs" / "KomPress" / "7"
+    assert found.job_dir == job
+    assert found.logs_dir == user / "logs" / "KomPress" / "7"
+    assert found.log_path == user / "logs" / "KomPress" / "7" / "log.log"
+    assert (found.cache_dir, found.models_dir, found.datasets_dir) == (user / ".cache", user / "models", user / "datasets")
+    assert found.stage_dir("calibration") == job / "tmp" / "calibration"
+    assert found.partial_dir("calibration") == job / "tmp" / ".calibration.partial"
+    assert found.scratch_dir("calibration").parent == job / "tmp"
+    assert found.tokens_dir == job / "tmp" / "tokenized_dataset"
+    assert {found.manifest_path.name, found.metrics_path.name, found.recipe_path.name} == {
+        "manifest.json",
+        "metrics.jsonl",
+        "recipe.yaml",
+    }
+    assert not user.exists()
+
+
+def test_explicit_paths_are_the_users_own(tmp_path):
+    found = workspace(
+        tmp_path, MODEL_PATH=str(tmp_path / "m"), LOGGING_PATH=str(tmp_path / "l"), CACHE_PATH=str(tmp_path / "c")
+    )
+    assert (found.job_dir, found.logs_dir, found.cache_dir) == (tmp_path / "m", tmp_path / "l", tmp_path / "c")
+
+
+def test_relative_folders_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_workspace(envelope(Path("user_data"))).job_dir == tmp_path / "user_data" / "jobs" / "Kompress" / "job"
+
+
+def test_create_makes_the_folders_and_the_old_spelling(tmp_path):
+    found = workspace(tmp_path)
+    found.create()
+    found.create()
+    (found.stage_dir("calibration")).mkdir()
+    (found.stage_dir("calibration") / "0.safetensors").write_text("x")
+    assert (found.tmp_dir / "caliberation" / "0.safetensors").read_text() == "x"
+    assert (found.tmp_dir / "caliberation").readlink() == Path("calibration")  # relative: the job folder can be moved
+    assert found.models_dir.is_dir()
+
+
+def test_a_folder_of_the_old_spelling_is_left_alone(tmp_path):
+    found = workspace(tmp_path)
+    (found.tmp_dir / "caliberation").mkdir(parents=True)
+    found.create()
+    assert not (found.tmp_dir / "caliberation").is_symlink()
+
+
+def test_a_folder_that_cannot_be_made_names_the_key(tmp_path):
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "jobs").write_text("a file")
+    with pytest.raises(DataError, match=r"jobs/Kompress/job: the folder cannot be made .* USER_FOLDER or MODEL_PATH"):
+        workspace(tmp_path).create()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "~/x", "", ".", "a\\..\\x", "a\nb"])
+def test_names_that_lead_out_are_refused(name):
+    with pytest.raises(DataError, match=r"JOB_ID=.* is not a name inside the user folder"):
+        check_name(name, "JOB_ID")
+
+
+def test_links_that_lead_out_are_refused_and_a_linked_base_is_not(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "evil").symlink_to(elsewhere)
+    with pytest.raises(DataError, match=f"a link that leads out of .*, to {elsewhere}"):
+        inside(tmp_path / "jobs", "evil/job", "JOB_ID")
+    (tmp_path / "linked").symlink_to(elsewhere)
+    assert inside(tmp_path / "linked", "Kompress/job", "JOB_ID") == tmp_path / "linked" / "Kompress" / "job"
+
+
+HOLDER = """
+    import sys, time
+    from pathlib import Path
+    from jobs.workspace import JobLock, open_workspace
+    from tests.support.envelopes import envelope
+    with JobLock(open_workspace(envelope(Path(sys.argv[1])))):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A second process that holds the job's lock."""
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path / "user")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_is_told_who_holds_the_job_and_a_killed_one_holds_nothing(tmp_path, holder):
+    found = workspace(tmp_path)
+    with pytest.raises(JobLockedError, match=f"process {holder.pid} on {socket.gethostname()} since 20"), JobLock(found):
+        pass
+    holder.kill()
+    holder.wait()
+    assert found.lock_path.exists()
+    with JobLock(found):
+        assert json.loads(found.lock_path.read_text())["pid"] == os.getpid()
+
+
+def test_the_lock_leaves_nothing_behind_and_can_be_taken_again(tmp_path):
+    found = workspace(tmp_path)
+    for _ in range(2):
+        with JobLock(found), pytest.raises(JobLockedError, match="already running"), JobLock(found):
+            pass
+    assert list(found.job_dir.iterdir()) == []
+    with pytest.raises(RuntimeError, match="inside"), JobLock(found):
+        raise RuntimeError("inside")
+    with JobLock(found):
+        assert found.lock_path.exists()
+
+
+def test_other_jobs_are_not_locked(tmp_path):
+    with JobLock(workspace(tmp_path, JOB_ID="a")), JobLock(workspace(tmp_path, JOB_ID="b")) as second:
+        assert second is not None
