@@ -25,6 +25,7 @@ from configs.values import (
     Only,
     OptionalCount,
     OptionalPath,
+    OptionalPositive,
     OptionalText,
     Positive,
     Real,
@@ -101,16 +102,17 @@ class CalibrationConfig(Parameters):
 
     # the tuning of one block
     finetune_max_epochs: NumberOrZero = 25
-    finetune_lr: Positive = 1e-4
+    finetune_lr: OptionalPositive = None  # null: steps relative to each tensor's size
     finetune_batch_size: Count = 16
     finetune_early_stop: Count = 3
     finetune_adam_beta1: Momentum = 0.9
     finetune_adam_beta2: Momentum = 0.999
     finetune_keep_best: Flag = True
+    finetune_targets: Annotated[str, BeforeValidator(Choice(("original", "compressed_prefix")))] = "original"
 
     # how it runs
     dtype: LoadDtype = "auto"
-    local_batch_size: OptionalCount = 1
+    local_batch_size: OptionalCount = None  # null: micro-batches of about 2048 tokens
     offload_activations: Flag = True
     use_checkpointing: Flag = False
     true_sequential: Flag = False
