@@ -7,8 +7,7 @@ used, so a few lines could otherwise expand to gigabytes, or for ever.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 from configs.document import Document
 from configs.tree import KeyPath
@@ -149,24 +148,25 @@ def _resolve(document: Document, sound: Mapping[KeyPath, str], unsound: set[KeyP
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    def attempt(path: KeyPath, action: Callable[[], object]) -> object:
-        try:
-            return action()
-        except OmegaConfBaseException as error:
-            unsound.add(path)
-            reason = str(error).splitlines()[0]
-            document.problem(path, sound[path], f"a reference that can be followed ({reason})")
-            return None
-
+    found: dict[KeyPath, object] = {}
+    hidden = dict.fromkeys(unsound)
     for path, text in sound.items():  # one by one: a value that OmegaConf cannot parse would hide all the others
-        attempt(path, partial(OmegaConf.create, {"value": text}))
-    config = OmegaConf.create(_replaced(document.values, (), dict.fromkeys(unsound)))
+        try:
+            OmegaConf.create({"value": text})
+        except OmegaConfBaseException as error:
+            _note(document, path, text, error)
+            hidden[path] = None
+    config = OmegaConf.create(_replaced(document.values, (), hidden))
+    for path in [path for path in sound if path not in hidden]:
+        try:
+            node: object = config
+            for part in path:
+                node = node[part]
+            found[path] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        except OmegaConfBaseException as error:
+            _note(document, path, sound[path], error)
+    return found
 
-    def value_at(path: KeyPath) -> object:
-        node: object = config
-        for part in path:
-            node = node[part]
-        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
-    found = {path: attempt(path, partial(value_at, path)) for path in sound if path not in unsound}
-    return {path: value for path, value in found.items() if path not in unsound}
+def _note(document: Document, path: KeyPath, text: str, error: Exception) -> None:
+    document.problem(path, text, f"a reference that can be followed ({str(error).splitlines()[0]})")

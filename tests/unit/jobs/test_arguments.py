@@ -1,0 +1,53 @@
+"""The command line."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.arguments import parse_arguments
+
+
+def files(*argv: str) -> list[tuple[str, bool]]:
+    """The recipes that a command line names."""
+    return [(str(file.path), file.as_json) for file in parse_arguments(argv).files]
+
+
+def test_recipes_keep_their_order_over_both_options():
+    assert files("--yaml_path", "a.yaml", "b.yaml") == [("a.yaml", False), ("b.yaml", False)]
+    assert files("--yaml_path", "a", "--json_path", "b", "--yaml_path=c") == [("a", False), ("b", True), ("c", False)]
+
+
+def test_overrides_may_stand_anywhere():
+    argv = ["x.y=1", "--yaml_path", "a.yaml", "STAGES=[calibration]", "--json_path", "b.json", "K=a=b", "L="]
+    arguments = parse_arguments(argv)
+    assert sorted(arguments.overrides) == ["K=a=b", "L=", "STAGES=[calibration]", "x.y=1"]
+    assert len(arguments.files) == 2
+
+
+def test_a_file_whose_name_looks_like_an_override_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a=b.yaml").write_text("")
+    assert files("--yaml_path", "a=b.yaml") == [("a=b.yaml", False)]
+
+
+def test_the_command_stands_first_and_run_is_the_default():
+    assert parse_arguments(["--yaml_path", "a"]).command == "run"
+    for command in ("run", "plan", "validate", "evaluate"):
+        assert parse_arguments([command, "--yaml_path", "a"]).command == command
+    assert parse_arguments(["evaluate", "--yaml_path", "a", "--directory", "d"]).directory == Path("d")
+    assert parse_arguments(["ls"]).user_folder == Path("user_data")
+    assert parse_arguments(["ls", "elsewhere"]).user_folder == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["plan"], ["--yaml_path"], ["--yml_path", "a"], ["plan", "--yaml_path", "a", "--directory", "d"], ["K=3"]]
+)
+def test_lines_that_make_no_sense_end_with_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(argv)
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_an_override_without_its_equals_sign_reaches_the_loader():
+    assert parse_arguments(["--yaml_path", "a", "--json_path", "b", "--", "nonsense"]).overrides == ("nonsense",)
