@@ -55,9 +55,11 @@ def _run(loaded: LoadedRecipe, arguments: Arguments) -> None:
 
 
 def _plan(loaded: LoadedRecipe, arguments: Arguments) -> None:
+    from jobs.logs import Terminal
     from jobs.runner import plan_job
 
-    _say([str(plan_job(loaded))])
+    plan = plan_job(loaded)
+    Terminal().show(plan.as_table(), plan.as_text())
 
 
 def _evaluate(loaded: LoadedRecipe, arguments: Arguments) -> None:
