@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,8 +46,8 @@ class TableModel(nn.Module):
         super().__init__()
         self.table = nn.Parameter(table.float())
 
-    def forward(self, tokens: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.table[tokens])
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
 
 
 def base_table() -> torch.Tensor:
@@ -162,24 +162,3 @@ class FakeAlgorithm(CompressionAlgorithm):
     def _note(self, line: str) -> None:
         with self.config.journal.open("a") as stream:
             stream.write(line + "\n")
-
-
-def perplexity(model: Callable, tokens: torch.Tensor, sequence_length: int) -> SimpleNamespace:
-    """exp of the mean cross-entropy over whole windows."""
-    windows = tokens[: tokens.numel() // sequence_length * sequence_length].view(-1, sequence_length)
-    logits = model(windows).logits[:, :-1]
-    loss = nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), windows[:, 1:].reshape(-1))
-    return SimpleNamespace(value=loss.exp().item(), windows=windows.shape[0], tokens=windows[:, 1:].numel())
-
-
-def compare(model: Callable, base: Callable, tokens: torch.Tensor, sequence_length: int) -> SimpleNamespace:
-    after, before = perplexity(model, tokens, sequence_length), perplexity(base, tokens, sequence_length)
-    p, q = (m(tokens).logits.log_softmax(-1) for m in (base, model))
-    return SimpleNamespace(
-        perplexity=after.value,
-        base_perplexity=before.value,
-        kl_divergence=(p.exp() * (p - q)).sum(-1).mean().item(),
-        top1_agreement=(p.argmax(-1) == q.argmax(-1)).float().mean().item(),
-        windows=after.windows,
-        tokens=after.tokens,
-    )

@@ -29,8 +29,6 @@ from tests.support.fake_algorithm import (
     FakeSource,
     TableModel,
     base_table,
-    compare,
-    perplexity,
 )
 
 
@@ -70,8 +68,6 @@ def parts(folder: Path, behaviour: str = "pass", **changes: object) -> Collabora
         "load_tokens": load_tokens,
         "corpus_tokens": corpus_tokens,
         "load_dense": lambda directory, trust: TableModel(base_table()),
-        "perplexity": perplexity,
-        "compare": compare,
         "client_command": lambda *arguments: [
             sys.executable,
             "-m",
@@ -108,7 +104,6 @@ def journal(folder: Path) -> list[str]:
 
 def manifest(folder: Path) -> dict:
     return json.loads((job_dir(folder) / "manifest.json").read_text())
-
 
 
 if __name__ == "__main__":

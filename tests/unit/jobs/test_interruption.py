@@ -1,0 +1,51 @@
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from jobs.interruption import JobInterrupted, interruptible
+
+
+def stop_self():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+
+
+def test_a_stop_signal_becomes_an_exception_and_a_second_one_is_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    tidied = []
+
+    @interruptible()
+    def work():
+        try:
+            stop_self()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            tidied.append(True)
+
+    with pytest.raises(JobInterrupted, match="SIGTERM"):
+        work()
+    assert tidied
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_handler_of_ordinary_errors_swallows_it():
+    assert not issubclass(JobInterrupted, Exception)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        stop_self()
+
+
+def test_other_threads_leave_signals_alone():
+    seen = []
+
+    def work():
+        with interruptible():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]

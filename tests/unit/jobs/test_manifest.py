@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from configs.errors import DataError
+from jobs.artifacts import FileRecord
+from jobs.manifest import Manifest, ManifestFile, Publication, RunRecord, StageRecord, Status, read_manifest
+
+RECORD = StageRecord(
+    key="k", algorithm="X", version=1, settings={"a": 1.5}, input_key="m", tokens_key=None, request=None, data="none", kind="x",
+    directory="x", status=Status.FINISHED, started="s", files={"d/f": FileRecord(size=3, digest="q")}, warnings=("careful",),
+)  # fmt: skip
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = tmp_path / "manifest.json"
+    manifest = ManifestFile(path)
+    assert manifest.current == Manifest()
+    run = RunRecord(id="i", status=Status.RUNNING, started="s", redone=("x",))
+    manifest.update(run=run, published=Publication(key="k", files={"f": FileRecord(size=1, digest="z")}), warnings=("w",))
+    manifest.record("x", RECORD)
+    assert read_manifest(path) == manifest.current
+    assert read_manifest(path).stages["x"] == RECORD
+    assert json.loads(path.read_text())["stages"]["x"]["status"] == "finished"
+
+
+def test_records_of_other_stages_stay(tmp_path):
+    manifest = ManifestFile(tmp_path / "manifest.json")
+    manifest.record("x", RECORD)
+    manifest.record("y", RECORD)
+    assert set(read_manifest(manifest.path).stages) == {"x", "y"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "stages": {"x": {"status": "finished"}}}'])
+def test_an_unreadable_manifest_says_what_to_do(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="Choose another JOB_ID"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b"])
+def test_file_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
+    manifest = ManifestFile(tmp_path / "manifest.json")
+    manifest.update(published=Publication(key="k", files={name: FileRecord(size=1, digest="z")}))
+    with pytest.raises(DataError, match="no path inside the job folder"):
+        read_manifest(manifest.path)
