@@ -122,10 +122,10 @@ def _score_one(
         return CorpusFigures(
             corpus=name,
             sequence_length=length,
-            windows=both.windows,
-            tokens=both.tokens,
-            base_perplexity=both.base_perplexity,
-            perplexity=both.perplexity,
+            windows=both.perplexity.windows,
+            tokens=both.perplexity.scored_tokens,
+            base_perplexity=both.base_perplexity.value,
+            perplexity=both.perplexity.value,
             kl_divergence=both.kl_divergence,
             top1_agreement=both.top1_agreement,
         )
@@ -135,7 +135,7 @@ def _score_one(
         corpus=name,
         sequence_length=length,
         windows=before.windows,
-        tokens=before.tokens,
+        tokens=before.scored_tokens,
         base_perplexity=before.value,
         perplexity=after,
     )

@@ -169,7 +169,7 @@ def _judge(name: str, windows: Tensor, out: Path, reference: Callable[[], nn.Mod
     model = reference()
     device = next(model.parameters()).device
     with torch.no_grad():
-        ours = model(torch.cat([windows, greedy], dim=1).to(device)).logits.float().cpu()
+        ours = model(input_ids=torch.cat([windows, greedy], dim=1).to(device), use_cache=False).logits.float().cpu()
     if ours.shape[-1] != logits.shape[-1] or not torch.isfinite(ours).all():
         reason = "our own logits are not finite" if ours.shape[-1] == logits.shape[-1] else "the client's vocabulary differs"
         return FormatCertificate(format=name, verdict=Verdict.FAILED, reason=reason)
