@@ -193,8 +193,11 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> TreeError:
     mark = error.problem_mark or error.context_mark
     details = ", ".join(part for part in (error.context, error.problem) if part)
     lines = text.splitlines()
-    if mark is not None and mark.line < len(lines) and "\t" in lines[mark.line]:
+    line = lines[mark.line] if mark is not None and mark.line < len(lines) else ""
+    if "\t" in line:
         details += "; indent with spaces, not with tabs"
+    elif "${" in line:
+        details += "; inside [ ] and { } a text with ${ needs quotes"
     return TreeError(f"valid YAML ({details})", None if mark is None else min(mark.line + 1, len(lines)))
 
 

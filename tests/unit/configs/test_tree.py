@@ -72,6 +72,7 @@ def test_an_alias_is_a_copy():
         ("a: &x [*x]\n", 1, "*x"),
         ("? [a, b]\n: 1\n", 1, "a name before the colon"),
         ("a: 1\nb: \x07\n", 2, "printable"),
+        ("a: [${MODEL}]\n", 1, "needs quotes"),
         ("a: {<<: 3}\n", 1, "behind <<"),
     ],
 )
