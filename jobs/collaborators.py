@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from jobs.workspace import JobLock, Workspace
 class JobParameters(Protocol):
     """What the runner reads of a plugin's configuration; everything else is the plugin's own."""
 
+    stage_names: ClassVar[tuple[str, ...]]
     save_intermediate_results: bool
     overwrite: bool | tuple[str, ...]
 

@@ -163,7 +163,9 @@ def _bits(outcome: Outcome) -> Mapping[str, float]:
     job, earlier = outcome.job, outcome.job.manifest.current.bits
     if earlier is not None and earlier["key"] == outcome.artifact.digest and not outcome.is_fresh:
         return earlier["bits"]
-    bits = {name: float(value) for name, value in job.algorithm.bits(outcome.artifact).items()}
+    # From before the export where that is there: a dense export no longer shows what the weights were made of.
+    artifact = outcome.given if outcome.given is not None and outcome.plan.is_complete else outcome.artifact
+    bits = {name: float(value) for name, value in job.algorithm.bits(artifact).items()}
     job.manifest.update(bits={"key": outcome.artifact.digest, "bits": bits})
     return bits
 

@@ -18,6 +18,7 @@ from algorithms.base import Process
 
 FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 DATE_FORMAT = "%m/%d/%Y %H-%M-%S"
+_FILE_ONLY = {"file_only": True}
 _PROGRESS = logging.getLogger("jobs.progress")
 _QUIET = (
     "httpx",
@@ -129,6 +130,11 @@ def logging_to(directory: Path, process: Process, terminal: Terminal) -> Iterato
             handler.close()
 
 
+def log_failure(error: BaseException) -> None:
+    """Put an error with its traceback into the log file; the console hears of it from whoever ends the command."""
+    logging.getLogger(__name__).error("%s", error, exc_info=error, extra=_FILE_ONLY)
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 4.2 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 60:
@@ -143,7 +149,13 @@ def _console_handler(terminal: Terminal) -> logging.Handler:
     if not terminal.interactive:
         handler: logging.Handler = logging.StreamHandler(terminal.messages.file)
         handler.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
+        handler.addFilter(_for_the_console)
         return handler
     handler = RichHandler(console=terminal.messages, show_path=False, show_time=False, markup=False)
+    handler.addFilter(_for_the_console)
     handler.addFilter(lambda record: record.name != _PROGRESS.name)  # the bar shows the same
     return handler
+
+
+def _for_the_console(record: logging.LogRecord) -> bool:
+    return not _FILE_ONLY.items() <= vars(record).items()

@@ -113,7 +113,8 @@ class Situation:
     """All that a plan depends on.
 
     ``source_key`` is the model's digest, the first stage's input; ``tokens_keys`` has an entry for every stage that asks for
-    tokens. ``condition`` tells of a stage with a finished record whether its artifact is there and whole.
+    tokens. ``condition`` tells of a stage with a finished record whether its artifact is there and whole. ``known_stages`` are
+    all that the algorithm has; some recipes leave some of them out.
     """
 
     specs: Sequence[StageSpec]
@@ -123,6 +124,7 @@ class Situation:
     records: Mapping[str, StageRecord]
     condition: Callable[[str, StageRecord], Condition]
     selection: Selection
+    known_stages: Sequence[str] = ()
 
 
 def make_plan(situation: Situation) -> Plan:
@@ -261,15 +263,17 @@ def _idle_reason(link: _Link) -> str:
 
 
 def _check_names(situation: Situation) -> None:
-    known = [spec.name for spec in situation.specs]
+    here = [spec.name for spec in situation.specs]
+    known = list(dict.fromkeys([*here, *situation.known_stages]))
     stages, overwrite = situation.selection.stages, situation.selection.overwrite
     asked = {"STAGES": stages or (), "overwrite": () if isinstance(overwrite, bool) else overwrite}
     for key, names in asked.items():
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise DataError(f"{key}: {', '.join(unknown)}: no such stage. The stages of this recipe are {', '.join(known)}.")
-    if stages is not None and not stages:
-        raise DataError(f"STAGES is empty. Leave it out to run all stages, or name some of {', '.join(known)}.")
+            raise DataError(f"{key}: {', '.join(unknown)}: no such stage. The stages of this recipe are {', '.join(here)}.")
+    if not any(situation.selection.allows(name) for name in here):
+        asked_for = f"{', '.join(stages)} is no part of this recipe" if stages else "nothing is selected"
+        raise DataError(f"STAGES: {asked_for}. Leave the key out to run all stages, or name some of {', '.join(here)}.")
 
 
 def _unselected(link: _Link, chain: Sequence[_Link], selection: Selection) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -59,7 +60,19 @@ class Materials:
                 redone=self.run.redone,
                 command=resume_command(self.loaded),
             ),
+            known_stages=self.loaded.parameters.stage_names,
         )
+
+    def preflight(self, plan: Plan) -> None:
+        """Let the algorithm refuse what cannot work, before any stage starts.
+
+        Raises:
+            DataError: from the algorithm; says which key to change.
+        """
+        here, allowed = {spec.name for spec in self.specs}, self.loaded.recipe.stages
+        absent = [n for n in self.loaded.parameters.stage_names if n not in here and (allowed is None or n in allowed)]
+        with users_mistakes():
+            self.algorithm.preflight(self.source, [*(stage.spec.name for stage in plan.runs), *absent])
 
     def locate(self, name: str, record: StageRecord, *, full: bool = False) -> tuple[Path, Condition]:
         """Where a recorded artifact is, and its condition: below tmp/, or for the exporting stage the job folder itself."""
@@ -93,6 +106,8 @@ def gather(
 ) -> Materials:
     """Put together what the plan needs; reads no weights and no text."""
     algorithm = build_algorithm(loaded, parts)
+    with users_mistakes():
+        _ = source.digest, source.num_parameters, source.config  # an incomplete model should show here, and by name
     return Materials(
         loaded=loaded,
         workspace=workspace,
@@ -102,6 +117,21 @@ def gather(
         run=_this_run(manifest, recipe_digest(loaded)),
         parts=parts,
     )
+
+
+@contextmanager
+def users_mistakes() -> Iterator[None]:
+    """What lower layers raise as a plain ``ValueError`` about the recipe or the model, as the error that ends a command tidily.
+
+    Raises:
+        DataError: with the same message.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def build_algorithm(loaded: LoadedRecipe, parts: Collaborators) -> CompressionAlgorithm:

@@ -21,7 +21,7 @@ from jobs.conclusion import Outcome, conclude, measure
 from jobs.evaluation import CorpusFigures, Texts, describe, load_texts
 from jobs.execution import Job, run_stage
 from jobs.interruption import JobInterrupted, interruptible
-from jobs.logs import logging_to
+from jobs.logs import log_failure, logging_to
 from jobs.manifest import ManifestFile, RunRecord, Status, now, read_manifest
 from jobs.planning import Action, Plan
 from jobs.preparation import Materials, describe_data, gather, recipe_digest, versions
@@ -68,9 +68,9 @@ def run_job(
     if loaded.parameters.evaluate_only:
         return evaluate_only(loaded, parts=parts)
     with _opened(loaded, parts) as (materials, job), _Run(job, loaded, materials.run):
-        materials.algorithm.preflight()
         texts = _texts(job)
         plan = materials.verified_plan(job.manifest.current)
+        materials.preflight(plan)
         _announce(plan)
         outcome = _execute(materials, job, plan, texts)
         summary = conclude(outcome)
@@ -199,6 +199,8 @@ class _Run:
             status = Status.INTERRUPTED if issubclass(kind, KeyboardInterrupt) else Status.FAILED
         manifest = self._job.manifest
         manifest.update(run=replace(manifest.current.run, status=status, finished=now()))
+        if status is Status.FAILED:
+            log_failure(error)
         if status is Status.INTERRUPTED:
             message = "Interrupted; what is finished is kept. The same command resumes where it stopped."
             logger.warning("%s", message)

@@ -91,12 +91,20 @@ def describe_job(loaded: LoadedRecipe, workspace: Workspace, manifest: Manifest,
     return JobPlan(
         paths=paths,
         rows=tuple((stage.spec.name, stage.action.value, stage.reason) for stage in plan.stages),
-        notes=(*loaded.warnings, *plan.warnings),
+        notes=(*loaded.warnings, *plan.warnings, *_refusals(materials, plan)),
         plan=plan,
         disk_bytes=sum(_disk(stage, materials) for stage in plan.runs),
         disk_free=_free(workspace.job_dir),
         earlier_wall_s=_earlier(plan),
     )
+
+
+def _refusals(materials: Materials, plan: Plan) -> list[str]:
+    try:
+        materials.preflight(plan)
+    except ValueError as error:
+        return [f"A run would be refused: {error}"]
+    return []
 
 
 def _blind_plan(

@@ -76,15 +76,11 @@ def test_stages_of_other_recipes_are_not_mixed_up_when_a_setting_changes_back(tm
 
 @pytest.mark.parametrize(
     ("overwrite", "computed"),
-    [(True, ALL), (("conversion",), ["conversion"]), (("calibration",), ALL), (("finetune",), None), (False, [])],
+    [(True, ALL), (("conversion",), ["conversion"]), (("calibration",), ALL), (("finetune",), []), (False, [])],
 )
 def test_overwrite_makes_stages_again(tmp_path, overwrite, computed):
     run(tmp_path)
     journal(tmp_path)
-    if computed is None:
-        with pytest.raises(DataError, match="overwrite: finetune"):
-            run(tmp_path, overwrite=overwrite)
-        return
     run(tmp_path, overwrite=overwrite)
     assert journal(tmp_path) == computed
 
@@ -150,6 +146,8 @@ def test_a_failing_stage_keeps_what_it_had_and_its_record_says_failed(tmp_path):
         run(tmp_path, fail_at=2)
     assert journal(tmp_path) == ALL[:2]
     assert manifest(tmp_path)["stages"]["calibration"]["status"] == manifest(tmp_path)["run"]["status"] == "failed"
+    log = (tmp_path / "user_data" / "logs" / "Kompress" / "one" / "log.log").read_text()
+    assert "Traceback" in log
     run(tmp_path)
     assert journal(tmp_path) == ALL[2:]
     assert manifest(tmp_path)["stages"]["calibration"]["attempts"] == 2
@@ -240,9 +238,11 @@ def test_a_killed_rename_is_adopted(tmp_path):
 
 
 def test_preflight_refuses_before_anything_runs(tmp_path):
-    with pytest.raises(DataError, match="cannot run here"):
+    with pytest.raises(DataError, match="finetune cannot run here"):
         run(tmp_path, hidden=True)
     assert journal(tmp_path) == []
+    run(tmp_path, hidden=True, envelope={"STAGES": ["calibration", "conversion"]})
+    assert journal(tmp_path) == ALL
 
 
 def test_a_missing_text_shows_before_the_first_stage(tmp_path):

@@ -39,6 +39,7 @@ def test_plan_knows_what_is_finished_and_how_long_it_took(tmp_path):
     changed = plan(tmp_path, scale=0.25)
     assert changed.rows[0][2] == "the setting scale changed"
     assert changed.rows[1][2] == "its input changed"
+    assert "A run would be refused: finetune cannot run here" in plan(tmp_path, hidden=True).notes[-1]
     assert "made from other data" in plan(tmp_path, data="B").notes[-1]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -19,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
+from configs.errors import DataError
 
 VOCABULARY = 16
 
 
 class FakeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+    stage_names: ClassVar[tuple[str, ...]] = ("calibration", "finetune", "conversion")
 
     save_intermediate_results: bool = True
     overwrite: bool | tuple[str, ...] = False
@@ -36,7 +39,7 @@ class FakeConfig(BaseModel):
     journal: Path  # one line for every block that is computed, in every run
     wait_at: int | None = None  # the block before which the stage waits for a kill
     fail_at: int | None = None
-    hidden: bool = False  # preflight refuses the job
+    hidden: bool = False  # preflight refuses the finetune stage
 
 
 class TableModel(nn.Module):
@@ -103,11 +106,9 @@ class FakeAlgorithm(CompressionAlgorithm):
         ]
         return specs if config.tunes else [specs[0], specs[2]]
 
-    def preflight(self) -> None:
-        if self.config.hidden:
-            from configs.errors import DataError
-
-            raise DataError("this recipe cannot run here")
+    def preflight(self, source: FakeSource, stages: Sequence[str]) -> None:
+        if self.config.hidden and "finetune" in stages:
+            raise DataError("finetune cannot run here")
 
     def load(self, artifact: Artifact) -> nn.Module:
         return TableModel(load_file(str(artifact.directory / "model.safetensors"))["table"])

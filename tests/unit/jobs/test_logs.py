@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from algorithms.base import Process
-from jobs.logs import Terminal, duration, logging_to
+from jobs.logs import Terminal, duration, log_failure, logging_to
 
 
 def terminal(interactive=False):
@@ -39,6 +39,18 @@ def test_handlers_and_levels_are_given_back(tmp_path):
     with logging_to(tmp_path, Process(), terminal()):
         assert logging.getLogger("transformers").level == logging.WARNING
     assert (list(root.handlers), root.level, logging.getLogger("transformers").level) == before
+
+
+def test_a_failure_goes_to_the_file_with_its_traceback_and_not_to_the_console(tmp_path):
+    watched = terminal()
+    with logging_to(tmp_path, Process(), watched) as path:
+        try:
+            raise ValueError("it broke")
+        except ValueError as error:
+            log_failure(error)
+    assert "Traceback" in path.read_text()
+    assert "it broke" in path.read_text()
+    assert watched.messages.file.getvalue() == ""
 
 
 def test_other_ranks_write_their_own_file_and_stay_off_the_console(tmp_path):

@@ -36,7 +36,7 @@ def finished(specs=THREE, data="A", status=Status.FINISHED):
     return records
 
 
-def planned(records=(), *, specs=THREE, data="A", conditions=(), source="model", **selection):
+def planned(records=(), *, specs=THREE, data="A", conditions=(), source="model", known=(), **selection):
     plan = make_plan(
         Situation(
             specs=specs,
@@ -46,6 +46,7 @@ def planned(records=(), *, specs=THREE, data="A", conditions=(), source="model",
             records=dict(records),
             condition=lambda name, record: dict(conditions).get(name, INTACT),
             selection=Selection(**selection),
+            known_stages=known,
         )
     )
     return plan
@@ -158,11 +159,22 @@ def test_a_needed_stage_that_is_not_selected_is_an_error_with_the_command():
 
 @pytest.mark.parametrize(
     ("selection", "said"),
-    [({"stages": ("tuning",)}, "STAGES: tuning"), ({"overwrite": ("tuning",)}, "overwrite: tuning"), ({"stages": ()}, "empty")],
+    [
+        ({"stages": ("tuning",)}, "STAGES: tuning"),
+        ({"overwrite": ("tuning",)}, "overwrite: tuning"),
+        ({"stages": ()}, "nothing is selected"),
+    ],
 )
 def test_unknown_stage_names_are_errors(selection, said):
     with pytest.raises(DataError, match=said):
         planned(**selection)
+
+
+def test_a_stage_that_this_recipe_leaves_out_may_be_named_but_not_alone():
+    specs = (THREE[0], THREE[2])
+    assert actions(specs=specs, stages=("calibration", "finetune"), known=("finetune",)) == "r-"
+    with pytest.raises(DataError, match="finetune is no part of this recipe"):
+        actions(specs=specs, stages=("finetune",), known=("finetune",))
 
 
 def test_the_artifacts_to_verify_are_those_that_are_read():
