@@ -65,7 +65,9 @@ class Process:
 class Progress(Protocol):
     """Opens a progress display of ``total`` steps; the value it yields is called once a step with a short note."""
 
-    def __call__(self, description: str, total: int) -> AbstractContextManager[Callable[[str], None]]: ...
+    def __call__(self, description: str, total: int) -> AbstractContextManager[Callable[[str], None]]:
+        """Open the display."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,17 @@ class CompressionAlgorithm(ABC):
         self.config = config
         self.exports = tuple(exports) or self.formats[:1]
 
+    def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:  # noqa: B027 - most have nothing to refuse
+        """Refuse what cannot work, before any stage starts.
+
+        Args:
+            source: the model of the job.
+            stages: names of the stages that are about to run; those of the recipe that ``stages()`` lacks included.
+
+        Raises:
+            ValueError: what is wrong with the recipe, and which key to change.
+        """
+
     @abstractmethod
     def stages(self) -> Sequence[StageSpec]:
         """The stages of this configuration, in order."""
@@ -136,4 +149,4 @@ class CompressionAlgorithm(ABC):
 
     @abstractmethod
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
-        """Stored bits of an artifact: total bits of each component (codes, codebooks, ...) and ``parameters``, the number of compressed weights."""
+        """Total stored bits by component (codes, codebooks, ...), and ``parameters``, the number of compressed weights."""

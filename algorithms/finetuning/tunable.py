@@ -27,7 +27,7 @@ class TunableLinear(nn.Module):
         """The weight [out_features, in_features], differentiable in this module's parameters."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """inputs [..., in_features] to [..., out_features]."""
+        """Inputs [..., in_features] to [..., out_features]."""
         return F.linear(inputs, self.decode() if self._leaf is None else self._leaf, self.bias)
 
     @contextmanager

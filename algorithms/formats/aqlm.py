@@ -91,5 +91,7 @@ def to_storage(tensor: Tensor, name: str) -> Tensor:
     """
     stored = tensor.to(STORAGE)
     if not torch.isfinite(stored).all():
-        raise ValueError(f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, which the AQLM format stores")
+        raise ValueError(
+            f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, which the AQLM format stores"
+        )
     return stored

@@ -47,7 +47,7 @@ def record(directory: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def greedy_continuation(model: torch.nn.Module, rows: torch.Tensor, new_tokens: int = NEW_TOKENS) -> torch.Tensor:
-    """The most likely next tokens [n, new_tokens] after each row [n, length]; no end-of-text rule, so rows stay equal in length."""
+    """The most likely next tokens [n, new_tokens] after each row [n, length]; no end-of-text rule, so rows stay equal."""
     sequence = rows
     for _ in range(new_tokens):
         following = model(input_ids=sequence, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)

@@ -137,7 +137,9 @@ def _compress_block(
         else:
             gathered = statistics
         if gathered[group].num_skipped:
-            logger.warning("block %d: %d tokens with infinite or NaN inputs of %s left out", index, gathered[group].num_skipped, group)
+            logger.warning(
+                "block %d: %d tokens with infinite or NaN inputs of %s left out", index, gathered[group].num_skipped, group
+            )
         for name in group:
             replacement = compressor.compress_linear(index, name, block.get_submodule(name), gathered[group])
             block.set_submodule(name, replacement)

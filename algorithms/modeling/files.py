@@ -61,7 +61,7 @@ def folder_digest(directory: Path) -> str:
 
 
 def fingerprint(path: Path, whole_below: int = 256 << 20) -> str:
-    """A digest that stays cheap for huge files: the whole content below ``whole_below`` bytes, else size, head, middle and tail.
+    """A digest that stays cheap for huge files: the whole content below ``whole_below`` bytes, else size and samples.
 
     Meant for inputs that users own (model weights, data sets), where the aim is to notice another file, not an attacker.
     """

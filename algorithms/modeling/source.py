@@ -73,7 +73,9 @@ class ModelSource:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             missing = sorted({name for name in files.values() if not (self.directory / name).is_file()})
             if missing:
-                raise ValueError(f"MODEL: {index} names shards that are not there: {', '.join(missing[:5])}. Fetch the model again.")
+                raise ValueError(
+                    f"MODEL: {index} names shards that are not there: {', '.join(missing[:5])}. Fetch the model again."
+                )
             return files
         if not (self.directory / _SINGLE).is_file():
             raise ValueError(f"MODEL: {self.directory} holds neither {_SINGLE} nor {_INDEX}.")
@@ -116,7 +118,9 @@ class ModelSource:
         by_file: dict[str, list[str]] = {}
         for name in names:
             if name not in self.weight_files:
-                raise ValueError(f"MODEL: {self.directory} has no tensor {name!r}; its weight files do not match its config.json.")
+                raise ValueError(
+                    f"MODEL: {self.directory} has no tensor {name!r}; its weight files do not match its config.json."
+                )
             by_file.setdefault(self.weight_files[name], []).append(name)
         loaded = {}
         for file, wanted in by_file.items():
@@ -127,7 +131,7 @@ class ModelSource:
         return loaded
 
     def skeleton(self) -> nn.Module:
-        """A fresh model of this configuration in evaluation mode: parameters on the meta device, buffers (rotary tables) real."""
+        """A fresh model of this configuration, in evaluation mode: parameters on the meta device, buffers (rotary) real."""
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):

@@ -19,7 +19,7 @@ _PANEL_COLUMNS = 128
 
 
 def codeword_energies(codewords: Tensor, hessian_block: Tensor) -> Tensor:
-    """c H_jj c, summed over the og rows of each codeword: codewords [K, og, ig], hessian_block [ig, ig], result [K]."""
+    """C H_jj c, summed over the og rows of each codeword: codewords [K, og, ig], hessian_block [ig, ig], result [K]."""
     return torch.sum((codewords @ hessian_block) * codewords, dim=(1, 2))
 
 
@@ -105,7 +105,11 @@ def beam_search(
     """
     no, ni, M = weight.codes.shape
     og, _ = weight.group_shape
-    places = [(j, m) for j in torch.randperm(ni, generator=generator).tolist() for m in torch.randperm(M, generator=generator).tolist()]
+    places = [
+        (j, m)
+        for j in torch.randperm(ni, generator=generator).tolist()
+        for m in torch.randperm(M, generator=generator).tolist()
+    ]
     keys = torch.randint(1 << 62, (ni, M), generator=generator).to(weight.codes.device)
     difference = matrix - weight.dequantize()
     rows = max(1, _MAX_SCORES // (beam_size * max(weight.codebooks.shape[1], og * matrix.shape[1])))
@@ -130,13 +134,11 @@ class _Beam:
         self.losses = torch.sum(error * difference, dim=1).view(n, 1, -1).sum(2)
         self._keys = keys
 
-    def extend(
-        self, weight: AdditiveCodes, scales: Tensor, hessian: Tensor, *, place: tuple[int, int], beam_size: int
-    ) -> None:
+    def extend(self, weight: AdditiveCodes, scales: Tensor, hessian: Tensor, *, place: tuple[int, int], beam_size: int) -> None:
         """Set the code at ``place`` = (input group, codebook) in every entry and keep the best ``beam_size``."""
         j, m = place
         codewords = weight.codebooks[m]
-        K, og, ig = codewords.shape
+        K, _, ig = codewords.shape
         span = slice(j * ig, (j + 1) * ig)
         block = hessian[span, span]
         current = self.codes[:, :, j, m]

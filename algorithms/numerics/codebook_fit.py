@@ -6,12 +6,16 @@ With the codes fixed, <dW H, dW> is a quadratic form in the codewords, and in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from algorithms.numerics.additive import AdditiveCodes, CodewordScatter, code_rows, group, sum_codewords, ungroup
 
 _RIDGE = 1e-6
+# Past this drop of the preconditioned residual (squared), float32 rounding steers the iteration, and it can diverge.
+_EXHAUSTED = 1e-9
 
 
 def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
@@ -43,11 +47,12 @@ def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, it
     residual = adjoint(error)
     direction = preconditioned = precondition(residual)
     power = torch.sum(residual * preconditioned)
+    exhausted = _EXHAUSTED * power
     for _ in range(iterations):
         moved = ungroup(sum_codewords(rows, direction).view(*shape, -1) * scales, (og, ig)) @ hessian
         product = adjoint(moved)
         curvature = torch.sum(direction * product)
-        if not curvature > 0:
+        if not (curvature > 0 and power > exhausted):
             break
         length = power / curvature
         solution = solution + length * direction
@@ -60,18 +65,19 @@ def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, it
     return solution.view(M, K, og, ig), error
 
 
-def _block_preconditioner(weight: AdditiveCodes, hessian: Tensor):  # noqa: ANN202
+def _block_preconditioner(weight: AdditiveCodes, hessian: Tensor) -> Callable[[Tensor], Tensor]:
     M, K, og, ig = weight.codebooks.shape
     no, ni, _ = weight.codes.shape
     places = code_rows(weight.codes, K).view(no, ni, M) * ni + torch.arange(ni, device=hessian.device)[None, :, None]
     energy = weight.scales.square()[:, None, None].expand(no, ni, M)
-    uses = torch.bincount(places.reshape(-1), weights=energy.reshape(-1), minlength=M * K * ni).view(M * K, ni)
+    # Summed in float64: a ridge of 1e-6 then suffices to factor even rank-deficient blocks.
+    uses = torch.bincount(places.reshape(-1), weights=energy.double().reshape(-1), minlength=M * K * ni).view(M * K, ni)
     diagonal = hessian.view(ni, ig, ni, ig).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    blocks = (uses.to(hessian.dtype) @ diagonal.reshape(ni, ig * ig)).view(M * K, ig, ig)
+    blocks = (uses.double() @ diagonal.reshape(ni, ig * ig).double()).view(M * K, ig, ig)
     ridge = blocks.diagonal(dim1=1, dim2=2).mean(1) * _RIDGE
     ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
-    factor = torch.linalg.cholesky(blocks + ridge[:, None, None] * torch.eye(ig, device=hessian.device))
-    inverse = torch.cholesky_inverse(factor)
+    factor = torch.linalg.cholesky(blocks + ridge[:, None, None] * torch.eye(ig, dtype=blocks.dtype, device=hessian.device))
+    inverse = torch.cholesky_inverse(factor).to(hessian.dtype)
 
     def precondition(residual: Tensor) -> Tensor:
         return (residual.view(M * K, og, ig) @ inverse).view(M * K, og * ig)

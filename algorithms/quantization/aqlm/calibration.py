@@ -139,5 +139,3 @@ def tuning_settings(config: CalibrationConfig, *, sequence_length: int) -> Tunin
         keep_best=config.finetune_keep_best,
         recompute=config.use_checkpointing,
     )
-
-

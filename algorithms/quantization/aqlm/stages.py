@@ -97,7 +97,9 @@ def stored_block(store: BlockStore, index: int) -> tuple[dict[str, torch.Tensor]
     """
     loaded = store.load(index)
     if loaded is None:
-        raise ValueError(f"block {index} of {store.directory} is missing or damaged; run the job again with overwrite=[calibration]")
+        raise ValueError(
+            f"block {index} of {store.directory} is missing or damaged; run the job again with overwrite=[calibration]"
+        )
     return loaded
 
 

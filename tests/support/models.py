@@ -1,0 +1,47 @@
+"""Tiny models of every family in the architecture table, written to disk as users' models are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.byte_model import VOCABULARY, save_tokenizer
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def save_family(
+    folder: Path, model_type: str, *, tied: bool = False, blocks: int = 2, hidden: int = 32, **changes: object
+) -> Path:
+    """A randomly initialised model of a family, float32, with grouped-query attention; biases where the family has them."""
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        **changes,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            # Initialisation leaves biases at zero and norms at one, where a mistake with them would not show.
+            if name.endswith("bias") or "norm" in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def token_sequences(count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
+    """Seeded random sequences [1, length] of the byte model's vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (1, length), generator=generator) for _ in range(count)]
