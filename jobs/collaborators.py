@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from algorithms.base import CompressionAlgorithm, TokenRequest
 from algorithms.modeling import evaluation
@@ -46,7 +47,13 @@ class Tokens(Protocol):
 
 def load_dense(directory: Path, trust_remote_code: bool) -> nn.Module:
     """A Hugging Face folder as a float32 model in evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # its bar would cut through ours
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
     return model.eval().requires_grad_(False)
 
 

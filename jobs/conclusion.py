@@ -28,6 +28,7 @@ from jobs.resources import Meter, Usage
 
 logger = logging.getLogger(__name__)
 
+DENSE = "dense"  # the export of plain float16 weights
 _WEIGHTS = (".safetensors", ".gguf")
 
 
@@ -55,6 +56,19 @@ class Outcome:
     @cached_property
     def model(self) -> nn.Module:
         """Our own reading of the result, from before the export where that is there: it then checks the export too."""
+        return self._load()
+
+    def reference(self, name: str) -> nn.Module:
+        """What the client of a format has to see: the result, rounded as that format stores it."""
+        if name != DENSE:
+            return self.model
+        # Codebooks and scales are float16 values already; their products are rounded only where they are written out.
+        rounded = self._load()
+        for tensor in rounded.parameters():
+            tensor.data = tensor.data.half().float()
+        return rounded
+
+    def _load(self) -> nn.Module:
         before_export = self.given if self.plan.is_complete else None
         model = self.job.algorithm.load(before_export or self.artifact)
         return model.eval().requires_grad_(False).to(self.job.device)
@@ -100,7 +114,7 @@ def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
         certificates = certify(
             folders,
             certificate_windows(sequences, job.source.vocab_size),
-            lambda: outcome.model,
+            outcome.reference,
             scratch_dir=job.workspace.scratch_dir("certificate"),
             command=job.parts.client_command,
         )

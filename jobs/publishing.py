@@ -73,7 +73,10 @@ def is_published(job_dir: Path, publication: Publication | None, key: str, withh
 
 
 def place_file(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: a hard link, or a copy. A reader sees the old file or the new one."""
+    """Make ``target`` the same file as ``source``: a hard link, or a copy. A reader sees the old file or the new one.
+
+    It becomes readable for whoever may enter its folder: some writers leave files that only their owner can open.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.samefile(source):
         return
@@ -83,6 +86,7 @@ def place_file(source: Path, target: Path) -> None:
         os.link(source, partial)
     except OSError:
         shutil.copyfile(source, partial)
+    partial.chmod(target.parent.stat().st_mode & 0o666)
     partial.replace(target)
 
 

@@ -77,7 +77,7 @@ def certificate_windows(sequences: Sequence[Tensor], vocab_size: int) -> Tensor:
 def certify(
     folders: Mapping[str, Path],
     windows: Tensor,
-    reference: Callable[[], nn.Module],
+    reference: Callable[[str], nn.Module],
     *,
     scratch_dir: Path,
     command: ClientCommand = client_command,
@@ -87,7 +87,7 @@ def certify(
     Args:
         folders: format -> the folder that holds it.
         windows: [n, t] int64 token ids.
-        reference: gives our own reading of the model, in float32; called only when a client has answered.
+        reference: gives our own reading of the model for a format, in float32; called only when its client has answered.
         scratch_dir: emptied and deleted again.
         command: argument list for (format, folder, tokens file, output file).
 
@@ -141,6 +141,8 @@ def _run_client(arguments: Sequence[str], log: Path) -> tuple[Verdict, str] | No
     environment = {
         **os.environ,
         "NUMBA_NUM_THREADS": "1",  # the aqlm package's numba kernel races with more
+        # Threads that wait by spinning made small products 100 times slower on a 2-core machine with another busy process.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -157,7 +159,7 @@ def _run_client(arguments: Sequence[str], log: Path) -> tuple[Verdict, str] | No
     return Verdict.FAILED, f"the client ended with {done.returncode}: {said[-1] if said else 'it said nothing'}"
 
 
-def _judge(name: str, windows: Tensor, out: Path, reference: Callable[[], nn.Module]) -> FormatCertificate:
+def _judge(name: str, windows: Tensor, out: Path, reference: Callable[[str], nn.Module]) -> FormatCertificate:
     try:
         answer = load_file(str(out))
         logits, greedy = answer["logits"], answer["greedy"]
@@ -166,7 +168,7 @@ def _judge(name: str, windows: Tensor, out: Path, reference: Callable[[], nn.Mod
     problem = _malformed(windows, logits, greedy)
     if problem:
         return FormatCertificate(format=name, verdict=Verdict.FAILED, reason=problem)
-    model = reference()
+    model = reference(name)
     device = next(model.parameters()).device
     with torch.no_grad():
         ours = model(input_ids=torch.cat([windows, greedy], dim=1).to(device), use_cache=False).logits.float().cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import yaml
 
@@ -32,15 +33,16 @@ def model_card(
         tags: words for the header.
         notes: what a user of the first format has to know, one sentence each.
     """
+    name = Path(summary.model).name if Path(summary.model).is_absolute() else summary.model
     header = {
-        "base_model": summary.model,
+        **({"base_model": name} if name == summary.model else {}),  # a path is no model that the hub could link to
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(tags),
     }
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
-        f"# {summary.model}, compressed with {summary.method}",
+        f"# {name}, compressed with {summary.method}",
         _facts(summary),
         _figures(summary),
         _certificates(summary),
@@ -56,7 +58,7 @@ def loading_notes(config: Mapping[str, object]) -> tuple[str, ...]:
     if not isinstance(settings, Mapping) or settings.get("quant_method") != "aqlm":
         return ()
     if settings.get("nbits_per_codebook") != 8:
-        return ("On a CPU the weights are decoded before each product; no further package is needed.",)
+        return ("On a CPU the aqlm package decodes the weights before each product; it needs no other package for that.",)
     return (
         "On a CPU: `pip install aqlm[cpu]`, start Python with `NUMBA_NUM_THREADS=1` (with more threads the package's kernel "
         "gives wrong results) and load in float32.",

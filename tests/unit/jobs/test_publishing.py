@@ -39,6 +39,14 @@ def test_files_are_linked_and_every_config_comes_last(tmp_path, job, monkeypatch
     assert is_published(job, publication, publication.key)
 
 
+def test_files_become_readable_for_whoever_may_enter_the_folder(tmp_path, job):
+    publication = stage(tmp_path / "converted")
+    (tmp_path / "converted" / "zz.safetensors").chmod(0o600)
+    job.mkdir(mode=0o755)
+    publish(tmp_path / "converted", job, manifest_in(job), publication)
+    assert (job / "zz.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_files_are_copied_where_links_fail(tmp_path, job, monkeypatch):
     def refuse(source, target):
         raise OSError("no links here")

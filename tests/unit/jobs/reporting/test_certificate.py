@@ -13,7 +13,7 @@ def certificate(tmp_path, behaviour, table=None, formats=("dense",)):
     folder = FakeSource.create(tmp_path / "converted").directory
     asked = []
 
-    def reference():
+    def reference(name):
         asked.append(1)
         return TableModel(base_table() if table is None else table)
 
