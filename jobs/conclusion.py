@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from torch import nn
+from torch import Tensor, nn
 
 from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json
-from configs.errors import CertificateError
+from configs.errors import CertificateError, DataError
 from jobs import evaluation
 from jobs.artifacts import remove_folder
 from jobs.evaluation import CorpusFigures, Texts
@@ -21,7 +21,14 @@ from jobs.execution import Job
 from jobs.manifest import Publication, now
 from jobs.planning import Plan
 from jobs.publishing import CONFIG, format_folder, is_published, publish, write_extra
-from jobs.reporting.certificate import FormatCertificate, Verdict, certificate_windows, certify
+from jobs.reporting.certificate import (
+    NUM_WINDOWS,
+    WINDOW_LENGTH,
+    FormatCertificate,
+    Verdict,
+    certificate_windows,
+    certify,
+)
 from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.summary import BitAccount, Summary
 from jobs.resources import Meter, Usage
@@ -105,11 +112,7 @@ def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
         if all(c.verdict is Verdict.PASSED for c in found) and tuple(c.format for c in found) == outcome.formats:
             return tuple(found)
     folders = {name: outcome.artifact.directory / format_folder(name, outcome.formats) for name in outcome.formats}
-    asking = [spec for spec in (stage.spec for stage in outcome.plan.stages) if spec.tokens is not None]
-    sequences = ()
-    if asking:
-        tokens = job.parts.load_tokens(job.recipe, asking[0].tokens, job.source, job.workspace)
-        sequences = tokens.validation or tokens.train
+    sequences = _certificate_text(outcome)
     with Meter() as meter:
         certificates = certify(
             folders,
@@ -128,6 +131,21 @@ def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
     atomic_write_json(job.workspace.certificate_path, record)
     job.manifest.update(certificate=record)
     return certificates
+
+
+def _certificate_text(outcome: Outcome) -> Sequence[Tensor]:
+    """Some text for the certificate: from EVALUATION, or else what the first stage calibrated on."""
+    job = outcome.job
+    if outcome.texts is not None:
+        first = next(iter(outcome.texts.tokens.values()))
+        return first[: NUM_WINDOWS * WINDOW_LENGTH].split(WINDOW_LENGTH)
+    requests = [stage.spec.tokens for stage in outcome.plan.stages if stage.spec.tokens is not None]
+    try:
+        tokens = job.parts.load_tokens(job.recipe, requests[0], job.source, job.workspace) if requests else None
+    except DataError as error:  # a reused calibration may ask for more than today's data has
+        logger.info("The certificate uses random tokens: %s", error)
+        return ()
+    return () if tokens is None else tokens.validation or tokens.train
 
 
 def _publish(outcome: Outcome, withheld: list[str]) -> None:

@@ -279,6 +279,18 @@ def test_certificate_failure_ends_the_job_after_everything_else_is_written(tmp_p
     assert (job_dir(tmp_path) / "config.json").is_file()
 
 
+def test_the_certificate_needs_neither_evaluation_nor_calibration_text(tmp_path):
+    """In the guide's second step the calibration is reused, and today's data may be too short for its request."""
+
+    def too_short(*arguments):
+        raise DataError("too few documents")
+
+    run(tmp_path, envelope={"STAGES": ["calibration"]})
+    result = run(tmp_path, data="B", changes={"load_tokens": too_short})
+    assert [c.verdict.value for c in result.summary.certificates] == ["passed"]
+    assert [c.windows for c in result.summary.certificates] == [4]
+
+
 def test_a_second_format_stands_in_its_own_folder_with_its_own_verdict(tmp_path):
     result = run(tmp_path, behaviour="absent:other", envelope={"EXPORT": ["dense", "other"]})
     verdicts = {c.format: c.verdict.value for c in result.summary.certificates}
