@@ -224,11 +224,12 @@ def _beating(
 ) -> Iterator[Callable[[str], None]]:
     with display as step:
 
-        def both(note: str) -> None:
+        def step_and_beat(note: str) -> None:
+            """One step of the display and one of the account."""
             step(note)
             beat()
 
-        yield both
+        yield step_and_beat
 
 
 def _costed(record: StageRecord, usage: Usage) -> StageRecord:

@@ -24,6 +24,7 @@ def interruptible() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        """Raise once; what tidies up afterwards is not disturbed."""
         signal.signal(number, signal.SIG_IGN)
         raise JobInterrupted(f"stopped by {signal.Signals(number).name}")
 

@@ -76,6 +76,7 @@ class Terminal:
             task = bar.add_task(description, total=total, note="")
 
             def step(note: str) -> None:
+                """Move the bar, and note the step in the log file."""
                 steps(note)
                 bar.update(task, advance=1, note=note)
 
