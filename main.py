@@ -6,6 +6,7 @@ python main.py plan --yaml_path recipe.yaml llm.AQLM.calibration_config.nsamples
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
         The exit code. An error that no user caused is not caught: its traceback is what helps, and Python exits with 1.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # Threads that spin while they wait slow a busy machine a hundredfold; OpenMP reads this when torch is imported, later on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = parse_arguments(argv)
     try:
         with interruptible():

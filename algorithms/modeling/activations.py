@@ -32,6 +32,7 @@ class _Recorder(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Hidden states [1, length, hidden], returned as they are."""
         self._calls.append(BlockCall(hidden_states=hidden_states, args=args, kwargs=kwargs))
         if self._stop:
             raise _LastBlockReached

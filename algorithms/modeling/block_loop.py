@@ -160,10 +160,10 @@ def _gather(
         linear = block.get_submodule(group[0])
         statistics[group] = InputStatistics(linear.in_features, linear.weight.device)
 
-        def observe(_module: nn.Module, arguments: tuple[Tensor, ...], gathered: InputStatistics = statistics[group]) -> None:
+        def _observe(_module: nn.Module, arguments: tuple[Tensor, ...], gathered: InputStatistics = statistics[group]) -> None:
             gathered.update(arguments[0])
 
-        handles.append(linear.register_forward_pre_hook(observe))
+        handles.append(linear.register_forward_pre_hook(_observe))
     try:
         yield statistics
     finally:

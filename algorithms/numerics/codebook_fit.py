@@ -39,18 +39,18 @@ def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, it
     scales = weight.scales[:, None, None]
     shape = weight.codes.shape[:2]
 
-    def adjoint(matrix: Tensor) -> Tensor:
+    def _adjoint(matrix: Tensor) -> Tensor:
         return scatter((group(matrix, (og, ig)) * scales).flatten(0, 1))
 
     precondition = _block_preconditioner(weight, hessian)
     solution = weight.flat_codebooks
-    residual = adjoint(error)
+    residual = _adjoint(error)
     direction = preconditioned = precondition(residual)
     power = torch.sum(residual * preconditioned)
     exhausted = _EXHAUSTED * power
     for _ in range(iterations):
         moved = ungroup(sum_codewords(rows, direction).view(*shape, -1) * scales, (og, ig)) @ hessian
-        product = adjoint(moved)
+        product = _adjoint(moved)
         curvature = torch.sum(direction * product)
         if not (curvature > 0 and power > exhausted):
             break
@@ -79,24 +79,30 @@ def _block_preconditioner(weight: AdditiveCodes, hessian: Tensor) -> Callable[[T
     factor = torch.linalg.cholesky(blocks + ridge[:, None, None] * torch.eye(ig, dtype=blocks.dtype, device=hessian.device))
     inverse = torch.cholesky_inverse(factor).to(hessian.dtype)
 
-    def precondition(residual: Tensor) -> Tensor:
+    def _precondition(residual: Tensor) -> Tensor:
         return (residual.view(M * K, og, ig) @ inverse).view(M * K, og * ig)
 
-    return precondition
+    return _precondition
 
 
-def solve_scales(weight: AdditiveCodes, matrix: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The best scale of every output group in closed form, s = <q H, w> / <q H, q>; a group that has none keeps its scale.
+def solve_scales(weight: AdditiveCodes, matrix: Tensor, smoothed: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """The best scale of every output group in closed form; a group that has none keeps its scale.
+
+    With W_hat H = W H - E at hand, no product with H is needed: a row's best factor is <W_hat H, W> / <W_hat H, W_hat>.
+
+    Args:
+        weight: current codes, codebooks and scales.
+        matrix: W, [O, I].
+        smoothed: W H, [O, I].
+        error: E = (W - W_hat) H, [O, I].
 
     Returns:
-        Scales [no], positive, and the new E = (W - W_hat) H, [O, I].
+        Scales [no], positive, and the new E.
     """
     og = weight.group_shape[0]
-    unscaled = ungroup(weight.unscaled(), weight.group_shape)
-    smoothed = unscaled @ hessian
-    numerator = torch.sum(smoothed * matrix, dim=1).view(-1, og).sum(1)
-    denominator = torch.sum(smoothed * unscaled, dim=1).view(-1, og).sum(1)
-    best = numerator / denominator
-    scales = torch.where(torch.isfinite(best) & (best > 0), best, weight.scales)
-    error = matrix @ hessian - smoothed * scales.repeat_interleave(og)[:, None]
-    return scales, error
+    estimate = smoothed - error
+    numerator = torch.sum(estimate * matrix, dim=1).view(-1, og).sum(1)
+    denominator = torch.sum(estimate * weight.dequantize(), dim=1).view(-1, og).sum(1)
+    factor = numerator / denominator
+    factor = torch.where(torch.isfinite(factor) & (factor > 0), factor, torch.ones_like(factor))
+    return weight.scales * factor, smoothed - estimate * factor.repeat_interleave(og)[:, None]

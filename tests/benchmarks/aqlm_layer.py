@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--beam-size", type=int, default=1)
-    parser.add_argument("--max-points-per-centroid", type=int)
+    parser.add_argument("--max-points-per-centroid", type=int, default=256)
     parser.add_argument("--tolerance", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
         group_shape=(1, arguments.group),
         beam_size=arguments.beam_size,
         relative_tolerance=arguments.tolerance,
-        max_points=None if per_centroid is None else per_centroid * codewords,
+        max_points=per_centroid * codewords,
     )
     profile = cProfile.Profile()
     wall, cpu = time.perf_counter(), time.process_time()

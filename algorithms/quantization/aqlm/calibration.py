@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 # width, where an absolute rate does not. Measured in this folder's README.
 _CODEBOOK_STEP, _OTHER_STEP = 0.033, 0.003
 _TUNING_TOKENS = 2048
+# More points move k-means' centres by less than the first solve of the codebooks does.
+_POINTS_PER_CENTROID = 256
+# Further iterations of a round fit the codebooks to codes that are about to change.
+_SOLVER_ITERATIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +118,16 @@ class AqlmCompressor:
 def fit_settings(config: CalibrationConfig) -> AdditiveSettings:
     """The recipe's keys as the fit of one matrix understands them."""
     codewords = 1 << config.bits_per_codebook
-    per_centroid = config.init_max_points_per_centroid
+    per_centroid = config.init_max_points_per_centroid or _POINTS_PER_CENTROID
     return AdditiveSettings(
         num_codebooks=config.num_codebooks,
         num_codewords=codewords,
         group_shape=(config.out_group_size, config.in_group_size),
         beam_size=config.beam_size,
         init_iterations=config.init_max_iterations,
-        max_points=None if per_centroid is None else per_centroid * codewords,
+        max_points=per_centroid * codewords,
         max_rounds=config.max_epochs,
-        solver_iterations=min(12, config.steps_per_epoch),
+        solver_iterations=min(_SOLVER_ITERATIONS, config.steps_per_epoch),
         relative_tolerance=config.relative_mse_tolerance,
     )
 

@@ -38,7 +38,7 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
     reports: list[Mapping[str, object]] = []
     with context.progress("AQLM calibration", context.source.num_blocks) as advance:
 
-        def on_block(index: int, report: Mapping[str, object]) -> None:
+        def _on_block(index: int, report: Mapping[str, object]) -> None:
             reports.append(report)
             context.metrics({"event": "block", "stage": "calibration", **report})
             advance(_note(index, report))
@@ -49,7 +49,7 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
             streams,
             store=BlockStore(context.output_dir),
             sequential=config.true_sequential,
-            on_block=on_block,
+            on_block=_on_block,
         )
     _write_outside(context.source, context.output_dir)
     atomic_write_json(context.output_dir / "calibration.json", {**codebook_sizes(config), "blocks": reports})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +41,14 @@ class _SumCodewords(torch.autograd.Function):
     """sum_codewords with its adjoint as the gradient: segment sums over codes that were sorted once."""
 
     @staticmethod
-    def forward(ctx, codebooks: Tensor, rows: Tensor, scatter: CodewordScatter) -> Tensor:  # noqa: ANN001 - torch's own type
+    def forward(ctx: Any, codebooks: Tensor, rows: Tensor, scatter: CodewordScatter) -> Tensor:  # noqa: ANN401 - torch's own
+        """Codebooks [M*K, d] and rows [G, M] to [G, d]."""
         ctx.scatter = scatter
         return sum_codewords(rows, codebooks)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        """Gradient [G, d] to [M*K, d]."""
         return ctx.scatter(gradient.contiguous()), None, None
 
 

@@ -63,7 +63,7 @@ def test_scales_equal_weighted_least_squares_per_row():
     weight = random_codes(6, 8, num_codebooks=1, num_codewords=8)
     # Targets near the codes, so that every best scale is positive.
     matrix = 1.7 * weight.dequantize() + 0.1 * matrix
-    scales, error = solve_scales(weight, matrix, hessian)
+    scales, error = solve_scales(weight, matrix, matrix @ hessian, (matrix - weight.dequantize()) @ hessian)
     unscaled = weight.replace(scales=torch.ones(6)).dequantize().double()
     for row in range(6):
         q, w, h = unscaled[row], matrix[row].double(), hessian.double()
@@ -75,5 +75,5 @@ def test_a_zero_row_keeps_its_scale():
     matrix, hessian = problem(4, 8)
     weight = random_codes(4, 8, num_codebooks=1, num_codewords=4)
     weight = weight.replace(codebooks=torch.zeros_like(weight.codebooks))
-    scales, _ = solve_scales(weight, matrix, hessian)
+    scales, _ = solve_scales(weight, matrix, matrix @ hessian, matrix @ hessian)
     assert torch.equal(scales, weight.scales)
