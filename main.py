@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from configs.errors import CertificateError, DataError, ExitCode, MemoryShortageError, MissingEnvironmentError, RecipeError
-from jobs.arguments import parse_arguments
-from jobs.commands import perform
-from jobs.interruption import interruptible
+from jobs.command_line.arguments import parse_arguments
+from jobs.command_line.commands import perform
+from jobs.execution.interruption import interruptible
 
 EXIT_CODES = {
     RecipeError: ExitCode.RECIPE,

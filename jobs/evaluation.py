@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from algorithms.base import Progress
 from configs.errors import DataError
 from configs.recipe import EvaluationConfig
-from jobs.artifacts import canonical_digest
-from jobs.collaborators import Collaborators
+from jobs.execution.collaborators import Collaborators
+from jobs.results.artifacts import canonical_digest
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from algorithms.modeling.files import atomic_write_json
 from configs.errors import DataError
-from jobs.artifacts import FileRecord
+from jobs.results.artifacts import FileRecord
 
 FORMAT = 1
 

@@ -13,9 +13,9 @@ from enum import StrEnum
 
 from algorithms.base import StageSpec
 from configs.errors import DataError
-from jobs.artifacts import Condition
-from jobs.keys import DATA_SET, StageInputs
 from jobs.manifest import StageRecord, Status
+from jobs.results.artifacts import Condition
+from jobs.results.keys import DATA_SET, StageInputs
 
 
 class Action(StrEnum):

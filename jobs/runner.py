@@ -16,19 +16,19 @@ from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from configs.errors import CertificateError, DataError
 from configs.loader import LoadedRecipe
 from jobs import launch
-from jobs.collaborators import Collaborators
-from jobs.conclusion import Outcome, conclude, measure
 from jobs.evaluation import CorpusFigures, Texts, describe, load_texts
-from jobs.execution import Job, run_stage
-from jobs.interruption import JobInterrupted, interruptible
+from jobs.execution.collaborators import Collaborators
+from jobs.execution.conclusion import Outcome, conclude, measure
+from jobs.execution.interruption import JobInterrupted, interruptible
+from jobs.execution.preparation import Materials, describe_data, gather, recipe_digest, versions
+from jobs.execution.stage import Job, run_stage
 from jobs.logs import log_failure, logging_to
 from jobs.manifest import ManifestFile, RunRecord, Status, now, read_manifest
 from jobs.planning import Action, Plan
-from jobs.preparation import Materials, describe_data, gather, recipe_digest, versions
-from jobs.publishing import check_target
 from jobs.reporting.plan_text import JobPlan, describe_job
 from jobs.reporting.summary import Summary, as_tables, as_text
-from jobs.stored import load_stored
+from jobs.results.publishing import check_target
+from jobs.results.stored_model import load_stored
 from jobs.workspace import Workspace, open_workspace
 
 logger = logging.getLogger(__name__)

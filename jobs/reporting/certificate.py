@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jobs.artifacts import remove_folder
+from jobs.results.artifacts import remove_folder
 
 logger = logging.getLogger(__name__)
 

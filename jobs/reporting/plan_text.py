@@ -14,11 +14,11 @@ from rich.text import Text
 from configs.errors import MissingEnvironmentError
 from configs.loader import LoadedRecipe
 from configs.recipe import Recipe
-from jobs.collaborators import Collaborators
+from jobs.execution.collaborators import Collaborators
+from jobs.execution.preparation import Materials, build_algorithm, describe_data, gather
 from jobs.logs import duration
 from jobs.manifest import Manifest
 from jobs.planning import Plan, PlannedStage, make_plan
-from jobs.preparation import Materials, build_algorithm, describe_data, gather
 from jobs.reporting.summary import size
 from jobs.workspace import Workspace
 

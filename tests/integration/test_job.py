@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from configs.errors import CertificateError, DataError
-from jobs.artifacts import describe_folder
+from jobs.results.artifacts import describe_folder
 from jobs.workspace import JobLockedError
 from tests.support.fake_job import job_dir, journal, manifest, parts, run
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from algorithms.base import TokenRequest
 from configs.loader import LoadedRecipe
 from configs.recipe import Recipe
-from jobs.collaborators import Collaborators
+from jobs.execution.collaborators import Collaborators
 from jobs.logs import Terminal
 from jobs.runner import JobResult, run_job
 from jobs.workspace import Workspace

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import jobs.commands
+import jobs.command_line.commands
 import main as program
 from configs.errors import CertificateError, DataError, ExitCode, MissingEnvironmentError
 from configs.loader import LoadedRecipe
-from jobs.arguments import Arguments
+from jobs.command_line.arguments import Arguments
 from tests.support.recipes import SEED_RECIPE, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def run_as(monkeypatch):
     """Replaces what ``run`` does with a recipe; the runner has tests of its own."""
 
     def replace(action) -> None:
-        monkeypatch.setitem(jobs.commands._ACTIONS, "run", lambda loaded, arguments: action(loaded))
+        monkeypatch.setitem(jobs.command_line.commands._ACTIONS, "run", lambda loaded, arguments: action(loaded))
 
     return replace
 
@@ -161,7 +161,7 @@ def test_json_recipes_need_no_suffix(tmp_path, run_as):
 
 def test_evaluate_hands_the_folder_on(recipe, monkeypatch):
     seen: list[Arguments] = []
-    monkeypatch.setitem(jobs.commands._ACTIONS, "evaluate", lambda loaded, arguments: seen.append(arguments))
+    monkeypatch.setitem(jobs.command_line.commands._ACTIONS, "evaluate", lambda loaded, arguments: seen.append(arguments))
     assert program.main(["evaluate", "--yaml_path", recipe, "--directory", "some/folder"]) == ExitCode.DONE
     assert seen[0].directory == Path("some/folder")
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from configs.errors import DataError
-from jobs.artifacts import FileRecord
 from jobs.manifest import Manifest, ManifestFile, Publication, RunRecord, StageRecord, Status, read_manifest
+from jobs.results.artifacts import FileRecord
 
 RECORD = StageRecord(
     key="k", algorithm="X", version=1, settings={"a": 1.5}, input_key="m", tokens_key=None, request=None, data="none", kind="x",

@@ -2,10 +2,10 @@ import pytest
 
 from algorithms.base import StageSpec, TokenRequest
 from configs.errors import DataError
-from jobs.artifacts import ABSENT, Condition, FileRecord
-from jobs.keys import StageInputs, request_record
 from jobs.manifest import StageRecord, Status
 from jobs.planning import Action, Selection, Situation, make_plan
+from jobs.results.artifacts import ABSENT, Condition, FileRecord
+from jobs.results.keys import StageInputs, request_record
 
 INTACT, DAMAGED = Condition(present=True), Condition(present=True, problems=("x is missing",))
 REQUEST = TokenRequest(num_samples=4, sequence_length=8, seed=0)

@@ -5,7 +5,7 @@ import os
 import socket
 from pathlib import Path
 
-from jobs.listing import list_jobs
+from jobs.command_line.listing import list_jobs
 
 
 def write_job(user_folder: Path, name: str, status: str, stages: dict[str, str]) -> Path:

@@ -1,7 +1,7 @@
 import pytest
 
 from algorithms.modeling.files import folder_digest
-from jobs.artifacts import canonical_digest, check_files, describe_folder, remove_folder, replace_folder, table_digest
+from jobs.results.artifacts import canonical_digest, check_files, describe_folder, remove_folder, replace_folder, table_digest
 
 
 def write(folder, **files):

@@ -18,14 +18,14 @@ from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
 from configs.loader import LoadedRecipe
 from configs.recipe import Recipe
-from jobs.artifacts import ABSENT, Condition, canonical_digest, check_files
-from jobs.collaborators import Collaborators
+from jobs.execution.collaborators import Collaborators
 from jobs.manifest import Manifest, RunRecord, StageRecord, Status, now
 from jobs.planning import Plan, PlannedStage, Selection, Situation, make_plan
 from jobs.reporting.model_card import NAME as CARD
+from jobs.results.artifacts import ABSENT, Condition, canonical_digest, check_files
 from jobs.workspace import Workspace
 
-_PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+_PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,11 @@ from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json
 from configs.errors import CertificateError, DataError
 from jobs import evaluation
-from jobs.artifacts import remove_folder
 from jobs.evaluation import CorpusFigures, Texts
-from jobs.execution import Job
+from jobs.execution.resources import Meter, Usage
+from jobs.execution.stage import Job
 from jobs.manifest import Publication, now
 from jobs.planning import Plan
-from jobs.publishing import CONFIG, format_folder, is_published, publish, write_extra
 from jobs.reporting.certificate import (
     NUM_WINDOWS,
     WINDOW_LENGTH,
@@ -31,7 +30,8 @@ from jobs.reporting.certificate import (
 )
 from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.summary import BitAccount, Summary
-from jobs.resources import Meter, Usage
+from jobs.results.artifacts import remove_folder
+from jobs.results.publishing import CONFIG, format_folder, is_published, publish, write_extra
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from algorithms.registry import config_class, rows
 from configs.errors import MemoryShortageError, RecipeError
 from configs.loader import BLOCK, LoadedRecipe, load_recipe
 from configs.strict import AlgorithmParameters
-from jobs.arguments import Arguments
-from jobs.listing import JobEntry, list_jobs
+from jobs.command_line.arguments import Arguments
+from jobs.command_line.listing import JobEntry, list_jobs
 
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 

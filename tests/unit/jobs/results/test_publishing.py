@@ -3,10 +3,10 @@ import os
 import pytest
 
 from configs.errors import DataError
-from jobs import publishing
-from jobs.artifacts import describe_folder
 from jobs.manifest import ManifestFile, Publication
-from jobs.publishing import check_target, format_folder, is_published, publish, write_extra
+from jobs.results import publishing
+from jobs.results.artifacts import describe_folder
+from jobs.results.publishing import check_target, format_folder, is_published, publish, write_extra
 
 NAMES = ("config.json", "zz.safetensors", "exports/b/config.json", "exports/b/b.gguf", "packed/p.safetensors")
 

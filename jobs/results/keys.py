@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from algorithms.base import StageSpec
-from jobs.artifacts import canonical_digest
 from jobs.manifest import StageRecord
+from jobs.results.artifacts import canonical_digest
 
 DATA_SET = "the data set"
 

@@ -10,8 +10,8 @@ from torch import nn
 from algorithms.base import Artifact
 from algorithms.modeling.files import folder_digest
 from configs.errors import DataError
+from jobs.execution.preparation import Materials
 from jobs.manifest import StageRecord, Status, read_manifest
-from jobs.preparation import Materials
 
 _CONFIG, _MANIFEST = "config.json", "manifest.json"
 

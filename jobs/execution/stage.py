@@ -20,13 +20,13 @@ from algorithms.base import Artifact, CompressionAlgorithm, Process, StageContex
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
 from configs.recipe import Recipe
-from jobs.artifacts import describe_folder, remove_folder, replace_folder, table_digest
-from jobs.collaborators import Collaborators, Tokens
-from jobs.keys import request_record
+from jobs.execution.collaborators import Collaborators, Tokens
+from jobs.execution.resources import Meter, Usage
 from jobs.logs import duration
 from jobs.manifest import ManifestFile, StageRecord, Status, now
 from jobs.planning import PlannedStage
-from jobs.resources import Meter, Usage
+from jobs.results.artifacts import describe_folder, remove_folder, replace_folder, table_digest
+from jobs.results.keys import request_record
 from jobs.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.arguments import parse_arguments
+from jobs.command_line.arguments import parse_arguments
 
 
 def files(*argv: str) -> list[tuple[str, bool]]:

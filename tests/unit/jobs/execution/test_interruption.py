@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jobs.interruption import JobInterrupted, interruptible
+from jobs.execution.interruption import JobInterrupted, interruptible
 
 
 def stop_self():

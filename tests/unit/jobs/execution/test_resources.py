@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from jobs import resources
-from jobs.resources import Meter, resident_bytes
+from jobs.execution import resources
+from jobs.execution.resources import Meter, resident_bytes
 
 MEGABYTE = 1 << 20
 

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from algorithms.modeling.files import file_digest
 from configs.errors import DataError
-from jobs.artifacts import FileRecord
 from jobs.manifest import ManifestFile, Publication
+from jobs.results.artifacts import FileRecord
 
 logger = logging.getLogger(__name__)
 
