@@ -14,7 +14,7 @@ from algorithms.numerics.codebook_fit import solve_codebooks, solve_scales
 from algorithms.numerics.kmeans import residual_kmeans
 
 _SMALLEST_SCALE = 1e-9
-# With this many groups a codeword, the codebooks of a sample cost less than 0.5 % of the loss, and most of a step's time is saved.
+# With this many groups a codeword, the codebooks of a sample cost less than 0.5 % of the loss and a fraction of the time.
 _GROUPS_PER_CODEWORD = 1024
 
 

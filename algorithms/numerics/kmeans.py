@@ -10,8 +10,8 @@ from torch import Tensor
 from algorithms.numerics.additive import CodewordScatter
 
 _MAX_SCORES = 1 << 22
-# Lloyd's algorithm ends when an iteration gains less: the codebooks are solved exactly afterwards, and iterating to a standstill
-# takes most of the time of a fit without lowering its final error.
+# Lloyd's algorithm ends when an iteration gains less: the codebooks are solved exactly afterwards, and iterating to a
+# standstill takes most of the time of a fit without lowering its final error.
 _SMALLEST_GAIN = 0.005
 
 

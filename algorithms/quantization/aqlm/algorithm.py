@@ -33,6 +33,21 @@ class Aqlm(CompressionAlgorithm):
     def __init__(self, config: AqlmConfig, exports: Sequence[str] = ()) -> None:
         super().__init__(config, exports)
         self._calibration = config.calibration_config
+        self._tunes = config.tunes
+
+    def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
+        """Refuse PV-tuning, which is not there yet, and groups that do not divide the model's matrices.
+
+        Raises:
+            ValueError: what is wrong, and which key to change.
+        """
+        if self._tunes and "finetune" in stages:
+            raise ValueError(
+                "llm.AQLM.finetune_config asks for PV-tuning, which this version does not have. Leave it out with "
+                "llm.AQLM.finetune_config=null, or calibrate now with STAGES=[calibration] and tune the result later."
+            )
+        if "calibration" in stages:
+            check_shapes(source, in_group=self._calibration.in_group_size, out_group=self._calibration.out_group_size)
 
     def stages(self) -> Sequence[StageSpec]:
         """Calibration and conversion, with the settings that shape each."""
@@ -81,7 +96,6 @@ class Aqlm(CompressionAlgorithm):
         return dict(totals)
 
     def _calibrate(self, context: StageContext, _artifact: Artifact) -> Artifact:
-        check_shapes(context.source, in_group=self._calibration.in_group_size, out_group=self._calibration.out_group_size)
         return stages.calibrate(context, self._calibration)
 
     def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:

@@ -320,6 +320,13 @@ class AqlmConfig(AlgorithmParameters):
         """Whether the recipe asks for figures of the uncompressed model and nothing else."""
         return self.calibration_config.no_quant
 
+    def warnings(self, prefix: str = "") -> tuple[str, ...]:
+        """The lines of the keys without effect, and one for tuning that a run would refuse."""
+        lines = super().warnings(prefix)
+        if not self.tunes:
+            return lines
+        return (*lines, f"{prefix}finetune_config asks for PV-tuning, which this version does not have: null leaves it out")
+
     def memory_remedies(self) -> tuple[str, ...]:
         """Overrides that need less memory, those that leave the result as it is first."""
         calibration, tuning = self.calibration_config, self.finetune_config

@@ -36,7 +36,7 @@ def _silent(description, total):
     yield lambda note: None
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
@@ -45,7 +45,7 @@ def _killed_at(block):
     def progress(description, total):
         def advance(note):
             if note.startswith(f"block {block}"):
-                raise _Killed
+                raise _KilledError
 
         yield advance
 
@@ -126,7 +126,7 @@ def test_a_killed_calibration_resumes_at_its_block_with_the_same_result(tmp_path
     (whole, _), broken = _run(algorithm, source, tmp_path / "whole"), tmp_path / "broken"
     broken.mkdir()
     base = Artifact(kind="model", directory=source.directory, digest="base")
-    with pytest.raises(_Killed):
+    with pytest.raises(_KilledError):
         algorithm.stages()[0].run(_context(source, broken, progress=_killed_at(2)), base)
     first = {name: (broken / name).stat().st_mtime_ns for name in ("0.safetensors", "1.safetensors")}
     assert not (broken / "2.safetensors").exists()
@@ -158,7 +158,16 @@ def test_bits_count_codes_codebooks_and_scales(tmp_path):
 def test_groups_that_do_not_divide_are_all_named(tmp_path):
     source = ModelSource(save_family(tmp_path / "base", "llama"))
     with pytest.raises(ValueError, match=r"5 do not divide self_attn\.q_proj \[32, 32\].*mlp\.down_proj \[32, 64\]"):
-        _run(_algorithm(in_group_size=5), source, tmp_path / "out")
+        _algorithm(in_group_size=5).preflight(source, ["calibration", "conversion"])
+
+
+def test_tuning_that_is_not_there_is_refused_only_where_it_would_run(tmp_path):
+    source = ModelSource(save_family(tmp_path / "base", "llama"))
+    tuning = Aqlm(AqlmConfig.model_validate({"calibration_config": CALIBRATION}))
+    with pytest.raises(ValueError, match="finetune_config=null"):
+        tuning.preflight(source, ["calibration", "finetune", "conversion"])
+    tuning.preflight(source, ["calibration"])
+    _algorithm().preflight(source, ["calibration", "finetune", "conversion"])
 
 
 def test_keys_that_cannot_change_the_result_stay_out_of_the_settings():
