@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
-from pydantic import BaseModel
-
 from configs.errors import UnknownAlgorithm
+from configs.strict import AlgorithmParameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def find(name: str) -> Row:
     raise UnknownAlgorithm(name, [row.name for row in REGISTRY], planned=name in PLANNED)
 
 
-def config_class(name: str) -> type[BaseModel]:
+def config_class(name: str) -> type[AlgorithmParameters]:
     """The class that types the algorithm's block of a recipe. Does not import torch.
 
     Raises:

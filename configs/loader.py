@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,7 +21,8 @@ from configs.tree import KeyPath
 from configs.values import nearest_name
 
 BLOCK = "llm"  # TASK names the block that holds the algorithms' parameters, and this is the only task
-ConfigOf = Callable[[str], type[BaseModel]]
+ConfigOf = Callable[[str], type[AlgorithmParameters]]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class LoadedRecipe:
     """
 
     recipe: Recipe
-    parameters: BaseModel
+    parameters: AlgorithmParameters
     resolved: dict[str, object]
     file: Path
     warnings: tuple[str, ...]
@@ -62,7 +64,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: Con
         parameters = _validated(document, algorithm.config, algorithm.parameters(), (BLOCK, algorithm.key), algorithm)
     if document.problems or recipe is None or parameters is None:
         raise RecipeError(sorted(document.problems, key=lambda problem: (problem.file == COMMAND_LINE, problem.line or 0)))
-    own = parameters.warnings(f"{BLOCK}.{algorithm.key}.") if isinstance(parameters, AlgorithmParameters) else ()
+    own = parameters.warnings(f"{BLOCK}.{algorithm.key}.")
     warnings = (*legacy_warnings(values, recipe), *algorithm.warnings(), *own)
     return LoadedRecipe(recipe=recipe, parameters=parameters, resolved=values, file=path, warnings=warnings)
 
@@ -75,15 +77,10 @@ class _Algorithm:
         config = self._named()
         self.is_named = config is not None
         self.config = config or self._supposed()
-        self.key = self._name()
+        self.key = str(values.get("ALGORITHM")) if self.config is None else self.config.algorithm
         self._unused: list[str] = []
 
-    def _name(self) -> str:
-        if self.config is not None and issubclass(self.config, AlgorithmParameters):
-            return self.config.algorithm
-        return str(self._values.get("ALGORITHM"))
-
-    def _named(self) -> type[BaseModel] | None:
+    def _named(self) -> type[AlgorithmParameters] | None:
         name = self._values.get("ALGORITHM")
         if not isinstance(name, str) or not name.strip():
             return None  # the envelope reports it
@@ -93,7 +90,7 @@ class _Algorithm:
             self._document.problem(("ALGORITHM",), name, f"an algorithm ({error})", nearest_name(name, error.known))
             return None
 
-    def _supposed(self) -> type[BaseModel] | None:
+    def _supposed(self) -> type[AlgorithmParameters] | None:
         """Where the name is missing or wrong: the first algorithm with a block, so that the block is checked all the same."""
         blocks = self._values.get(BLOCK)
         for name in blocks if isinstance(blocks, dict) else ():
@@ -110,7 +107,7 @@ class _Algorithm:
             self._document.problem((BLOCK,), blocks, f"a block that holds the parameters, as in {BLOCK}.{self.key}")
             return {}
         found: object = None
-        ours = [name for name in blocks if self._is_ours(name)]
+        ours = [name for name, block in blocks.items() if self._is_ours(name, block)]
         for name in ours[:1]:
             found, self.key = blocks[name], name
         for name in ours[1:]:
@@ -120,16 +117,14 @@ class _Algorithm:
             return {}
         return found or {}
 
-    def _is_ours(self, name: str) -> bool:
+    def _is_ours(self, name: str, block: object) -> bool:
         """Whether a block belongs to the algorithm; those of others are kept in mind, and typing errors reported."""
         try:
             if self._plugin_config(name) is self.config:
                 return True
         except UnknownAlgorithm as error:
             if not error.planned:
-                self._document.problem(
-                    (BLOCK, name), self._values[BLOCK][name], f"the block of an algorithm ({error})", self.key
-                )
+                self._document.problem((BLOCK, name), block, f"the block of an algorithm ({error})", self.key)
                 return False
         self._unused.append(name)
         return False
@@ -142,7 +137,7 @@ class _Algorithm:
         """What the envelope's checks need to know: stages, formats, and the texts of CORPORA."""
         local = self._values.get("CORPORA")
         context = {"corpora": tuple(local) if isinstance(local, dict) else ()}
-        if self.config is not None and issubclass(self.config, AlgorithmParameters):
+        if self.config is not None:
             context |= {"stages": self.config.stage_names, "formats": self.config.export_formats}
         return context
 
@@ -154,8 +149,8 @@ class _Algorithm:
 
 
 def _validated(
-    document: Document, model: type[BaseModel], values: Mapping[str, object], prefix: KeyPath, algorithm: _Algorithm
-) -> BaseModel | None:
+    document: Document, model: type[Model], values: Mapping[str, object], prefix: KeyPath, algorithm: _Algorithm
+) -> Model | None:
     """An instance of ``model``, or None once its problems are noted."""
     try:
         return model.model_validate(values, context=algorithm.context(), by_alias=True, by_name=False)

@@ -38,7 +38,7 @@ class Parameters(StrictModel):
 
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
         """One line for each key that the recipe sets and that has no effect, those of nested blocks included."""
-        lines = []
+        lines: list[str] = []
         for name, field in type(self).model_fields.items():
             value, key = self.__dict__[name], f"{prefix}{field.alias or name}"
             if isinstance(value, Parameters):
@@ -49,15 +49,24 @@ class Parameters(StrictModel):
 
 
 class AlgorithmParameters(Parameters):
-    """What a plugin's ``Config`` tells the loader beside its keys.
+    """What a plugin's ``Config`` tells the loader and the runner; all other keys are the plugin's own.
 
     ``algorithm`` is the name under which the recipe holds the block, ``stage_names`` are the stages in their order, and
-    ``export_formats`` are the formats that EXPORT may name, the default first.
+    ``export_formats`` are the formats that EXPORT may name, the default first. ``overwrite`` is true for every stage, or names
+    those to run again.
     """
 
     algorithm: ClassVar[str]
     stage_names: ClassVar[tuple[str, ...]]
     export_formats: ClassVar[tuple[str, ...]]
+
+    save_intermediate_results: bool = False
+    overwrite: bool | tuple[str, ...] = False
+
+    @property
+    def evaluate_only(self) -> bool:
+        """Whether the recipe asks for figures of the uncompressed model and nothing else."""
+        return False
 
     def memory_remedies(self) -> tuple[str, ...]:
         """Overrides (``KEY=VALUE``, below the algorithm's block) that need less memory, gentlest first."""

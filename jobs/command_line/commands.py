@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from algorithms.registry import config_class, rows
-from configs.errors import MemoryShortageError, RecipeError
+from configs.errors import MemoryShortageError, RecipeError, RecipeProblem
 from configs.loader import BLOCK, LoadedRecipe, load_recipe
-from configs.strict import AlgorithmParameters
 from jobs.command_line.arguments import Arguments
 from jobs.command_line.listing import JobEntry, list_jobs
 
@@ -37,7 +36,8 @@ def perform(arguments: Arguments) -> None:
 
 def _load(arguments: Arguments) -> list[LoadedRecipe]:
     """All recipes, before any of them runs: a typing error in the last should not wait for the first to finish."""
-    loaded, problems = [], []
+    loaded: list[LoadedRecipe] = []
+    problems: list[RecipeProblem] = []
     for file in arguments.files:
         try:
             loaded.append(load_recipe(file.path, arguments.overrides, plugin_config=config_class, as_json=file.as_json))
@@ -118,8 +118,7 @@ def _is_memory_shortage(error: MemoryError | RuntimeError) -> bool:
 
 
 def _remedies(loaded: LoadedRecipe, error: BaseException) -> str:
-    parameters = loaded.parameters
-    overrides = parameters.memory_remedies() if isinstance(parameters, AlgorithmParameters) else ()
+    overrides = loaded.parameters.memory_remedies()
     lines = [f"{loaded.file}: the job ran out of memory ({' '.join(str(error).split())[:200] or type(error).__name__})."]
     if overrides:
         lines.append("What is finished is kept. Run the same command again with one of these, the first that you can:")

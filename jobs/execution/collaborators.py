@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +24,20 @@ from jobs.reporting.certificate import ClientCommand, client_command
 from jobs.workspace import JobLock, Workspace
 
 
-class JobParameters(Protocol):
-    """What the runner reads of a plugin's configuration; everything else is the plugin's own."""
-
-    stage_names: ClassVar[tuple[str, ...]]
-    save_intermediate_results: bool
-    overwrite: bool | tuple[str, ...]
+class Tokens(Protocol):
+    """Calibration tokens: sequences [1, length] int64, and what was chosen."""
 
     @property
-    def evaluate_only(self) -> bool:
-        """Whether the recipe asks for figures of the uncompressed model and nothing else."""
+    def train(self) -> tuple[Tensor, ...]:
+        """To calibrate on."""
 
+    @property
+    def validation(self) -> tuple[Tensor, ...]:
+        """To measure on."""
 
-class Tokens(Protocol):
-    """Calibration tokens: sequences [1, length] int64, the key of the request that gave them, and what was chosen."""
-
-    train: tuple[Tensor, ...]
-    validation: tuple[Tensor, ...]
-    key: str
-    record: Mapping[str, object]
+    @property
+    def record(self) -> Mapping[str, object]:
+        """What was chosen, for the manifest."""
 
 
 def load_dense(directory: Path, trust_remote_code: bool) -> nn.Module:

@@ -52,7 +52,7 @@ def test_plan_without_the_model_says_so_and_lists_the_stages(tmp_path):
 
 
 def test_a_recipe_may_ask_for_figures_of_the_uncompressed_model_alone(tmp_path):
-    result = run(tmp_path, evaluate_only=True, envelope=EVALUATED)
+    result = run(tmp_path, only_figures=True, envelope=EVALUATED)
     assert journal(tmp_path) == []
     assert result.figures[0].perplexity is None
     found = json.loads((job_dir(tmp_path) / "evaluation.json").read_text())
@@ -63,7 +63,7 @@ def test_a_recipe_may_ask_for_figures_of_the_uncompressed_model_alone(tmp_path):
 
 def test_evaluation_without_texts_is_refused(tmp_path):
     with pytest.raises(DataError, match="EVALUATION names no texts"):
-        run(tmp_path, evaluate_only=True)
+        run(tmp_path, only_figures=True)
 
 
 def test_artifacts_and_job_folders_are_read_by_their_algorithm(tmp_path):

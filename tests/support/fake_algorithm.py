@@ -15,23 +15,22 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
 from configs.errors import DataError
+from configs.strict import AlgorithmParameters
 
 VOCABULARY = 16
 
 
-class FakeConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class FakeConfig(AlgorithmParameters):
+    algorithm: ClassVar[str] = "FAKE"
     stage_names: ClassVar[tuple[str, ...]] = ("calibration", "finetune", "conversion")
 
     save_intermediate_results: bool = True
-    overwrite: bool | tuple[str, ...] = False
-    evaluate_only: bool = False
+    only_figures: bool = False
     blocks: int = 3
     scale: float = 0.5
     num_samples: int = 4
@@ -40,6 +39,10 @@ class FakeConfig(BaseModel):
     wait_at: int | None = None  # the block before which the stage waits for a kill
     fail_at: int | None = None
     hidden: bool = False  # preflight refuses the finetune stage
+
+    @property
+    def evaluate_only(self) -> bool:
+        return self.only_figures
 
 
 class TableModel(nn.Module):
