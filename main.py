@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from configs.errors import CertificateError, DataError, ExitCode, MemoryShortageError, MissingEnvironmentError, RecipeError
 from jobs.command_line.arguments import parse_arguments
 from jobs.command_line.commands import perform
 from jobs.execution.interruption import interruptible
 
-EXIT_CODES = {
+EXIT_CODES: Mapping[type[Exception], ExitCode] = {
     RecipeError: ExitCode.RECIPE,
     DataError: ExitCode.RECIPE,
     MissingEnvironmentError: ExitCode.ENVIRONMENT,

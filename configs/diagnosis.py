@@ -61,15 +61,17 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401 - t
 
 def _spelled(model: type[BaseModel], location: KeyPath) -> tuple[KeyPath, type[BaseModel] | None]:
     """A location in the recipe's spelling, and the class of the block that holds it."""
-    path, block, holder = [], model, model
+    path: list[str | int] = []
+    block: type[BaseModel] | None = model
+    holder = block
     for part in location:
         holder = block
         fields = {} if block is None else block.model_fields
-        by_key = {field.alias or name: (field.alias or name, field) for name, field in fields.items()}
-        by_name = {name: (field.alias or name, field) for name, field in fields.items()}
-        key, field = by_key.get(part) or by_name.get(part) or (part, None)  # defaults are reported by their Python names
-        path.append(key)
-        block = None if field is None else _inner_model(field.annotation)
+        keys = {name: field.alias or name for name, field in fields.items()}
+        names = {key: name for name, key in keys.items()}
+        name = names.get(str(part), str(part))  # defaults are reported by their Python names
+        path.append(keys.get(name, part))
+        block = _inner_model(fields[name].annotation) if name in fields else None
     return tuple(path), holder
 
 

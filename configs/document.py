@@ -53,12 +53,13 @@ class Document:
         if match is None:
             self._reject(text, "KEY=VALUE, such as llm.AQLM.calibration_config.nsamples=256")
             return
-        path: KeyPath = tuple(match["key"].split("."))
+        keys = match["key"].split(".")
+        path: KeyPath = tuple(keys)
         if len(path) > MAX_DEPTH:
             self._reject(text, f"at most {MAX_DEPTH} blocks inside each other")
             return
         block = self.values
-        for part in path[:-1]:
+        for part in keys[:-1]:
             inner = block.get(part)
             if inner is None:
                 inner = block[part] = {}
@@ -66,7 +67,7 @@ class Document:
                 self._reject(text, f"a key inside a block; {part} is a single value in the recipe")
                 return
             block = inner
-        block[path[-1]] = _override_value(match["value"], template=path[-1] in TEMPLATES)
+        block[keys[-1]] = _override_value(match["value"], template=keys[-1] in TEMPLATES)
         self.lines = {known: line for known, line in self.lines.items() if known[: len(path)] != path}
         self.typed = {known: typed for known, typed in self.typed.items() if known[: len(path)] != path}
         self.typed[path] = match["value"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from configs.document import Document
 from configs.tree import KeyPath
@@ -53,7 +54,8 @@ def interpolate(document: Document) -> dict[str, object]:
             unsound.add(path)
     if not sound:
         return document.values
-    return _replaced(document.values, (), _resolve(document, sound, unsound))
+    new = _resolve(document, sound, unsound)
+    return {key: _replaced(value, (key,), new) for key, value in document.values.items()}
 
 
 def _leaves(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
@@ -156,10 +158,10 @@ def _resolve(document: Document, sound: Mapping[KeyPath, str], unsound: set[KeyP
         except OmegaConfBaseException as error:
             _note(document, path, text, error)
             hidden[path] = None
-    config = OmegaConf.create(_replaced(document.values, (), hidden))
+    config = OmegaConf.create({key: _replaced(value, (key,), hidden) for key, value in document.values.items()})
     for path in [path for path in sound if path not in hidden]:
         try:
-            node: object = config
+            node: Any = config
             for part in path:
                 node = node[part]
             found[path] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
+
+Number = TypeVar("Number", int, float)
 
 NUMBER_LENGTH = 40  # longer digit strings are not numbers that anybody meant
 
@@ -34,7 +36,7 @@ def nearest_name(name: str, names: Iterable[str]) -> str | None:
     return folded[close[0]] if close else None
 
 
-def _as_number(value: object, kind: type[int] | type[float]) -> int | float | None:
+def _as_number(value: object, kind: type[Number]) -> Number | None:
     """``value`` as an int or float, or None where it is no number of that kind."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

@@ -13,8 +13,8 @@ from pickle import UnpicklingError  # what torch.load raises for a file that hol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, fingerprint
 from configs.errors import DataError
@@ -106,7 +106,7 @@ def replace_folder(partial: Path, target: Path) -> None:
             raise
 
 
-def _parameters(base: Path, *, trust_remote_code: bool) -> nn.Module:
+def _parameters(base: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """The architecture that ``base``'s config.json names, on the meta device."""
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
@@ -119,7 +119,7 @@ def _parameters(base: Path, *, trust_remote_code: bool) -> nn.Module:
         ) from error
 
 
-def _write_shards(files: list[Path], folder: Path, model: nn.Module, key: str) -> dict[str, torch.Size]:
+def _write_shards(files: list[Path], folder: Path, model: PreTrainedModel, key: str) -> dict[str, torch.Size]:
     """Writes one shard a file and the index; returns the shape of every tensor."""
     shapes: dict[str, torch.Size] = {}
     index: dict[str, str] = {}
@@ -193,7 +193,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         seen.add(start)
 
 
-def _tied_names(model: nn.Module) -> frozenset[str]:
+def _tied_names(model: PreTrainedModel) -> frozenset[str]:
     """Names that a tied model's state dict repeats: the head, which is the embedding."""
     if not model.config.tie_word_embeddings or model.get_output_embeddings() is None:
         return frozenset()
@@ -201,7 +201,7 @@ def _tied_names(model: nn.Module) -> frozenset[str]:
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 
-def _check(shapes: Mapping[str, torch.Size], model: nn.Module, base: Path, files: list[Path], key: str) -> None:
+def _check(shapes: Mapping[str, torch.Size], model: PreTrainedModel, base: Path, files: list[Path], key: str) -> None:
     """Refuses a state dict that lacks parameters of the architecture or has them in another shape."""
     tied = _tied_names(model)
     # Fused experts have other names in files than in a model, so only their neighbours tell whether the file fits.

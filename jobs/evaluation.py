@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -108,7 +109,7 @@ def as_records(figures: tuple[CorpusFigures, ...]) -> list[dict[str, object]]:
     return [asdict(found) for found in figures]
 
 
-def from_records(records: list[Mapping[str, object]]) -> tuple[CorpusFigures, ...]:
+def from_records(records: list[Mapping[str, Any]]) -> tuple[CorpusFigures, ...]:
     """The figures that :func:`as_records` wrote."""
     return tuple(CorpusFigures(**record) for record in records)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from algorithms.modeling.files import atomic_write_json
 from configs.errors import DataError
@@ -78,7 +79,10 @@ class Publication:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All of manifest.json. A value: every change makes a new one."""
+    """All of manifest.json. A value: every change makes a new one.
+
+    ``certificate``, ``evaluation`` and ``bits`` hold, under ``key``, the result that they speak of.
+    """
 
     job: str = ""
     algorithm: str = ""
@@ -89,9 +93,9 @@ class Manifest:
     run: RunRecord | None = None
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
     published: Publication | None = None
-    certificate: Mapping[str, object] | None = None
-    evaluation: Mapping[str, object] | None = None
-    bits: Mapping[str, float] | None = None
+    certificate: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    bits: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -104,12 +108,25 @@ class ManifestFile:
 
     def update(self, **changes: object) -> None:
         """Replace fields of the manifest and write it."""
-        self.current = replace(self.current, **changes)
+        self.current = replace(self.current, **changes)  # type: ignore[arg-type]  # replace itself refuses other fields
         atomic_write_json(self.path, {"format": FORMAT, **asdict(self.current)})
 
     def record(self, name: str, record: StageRecord) -> None:
         """Replace one stage's record and write the manifest."""
         self.update(stages={**self.current.stages, name: record})
+
+    def note_redone(self, name: str) -> None:
+        """Note that the run in progress has made a stage again."""
+        self.update(run=replace(self._run, redone=(*self._run.redone, name)))
+
+    def close_run(self, status: Status) -> None:
+        """Write how the run in progress ended."""
+        self.update(run=replace(self._run, status=status, finished=now()))
+
+    @property
+    def _run(self) -> RunRecord:
+        assert self.current.run is not None, "the runner records a run before anything else happens in it"
+        return self.current.run
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -44,6 +44,12 @@ class PlannedStage:
     warning: str | None = None
     record: StageRecord | None = None
 
+    @property
+    def result(self) -> StageRecord:
+        """The record of a result that is reused."""
+        assert self.record is not None, "only a recorded result is reused"
+        return self.record
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -74,12 +80,10 @@ class Plan:
     @property
     def foundations(self) -> tuple[PlannedStage, ...]:
         """The reused stages whose artifact is read: by a stage that runs, or as the result."""
-        found = [
-            stage
-            for stage, after in zip(self.stages, [*self.stages[1:], None], strict=True)
-            if stage.action is Action.REUSE and (stage is self.goal or after.action is Action.RUN)
-        ]
-        return tuple(found)
+        pairs = zip(self.stages, [*(stage.action for stage in self.stages[1:]), None], strict=True)
+        return tuple(
+            stage for stage, after in pairs if stage.action is Action.REUSE and (stage is self.goal or after is Action.RUN)
+        )
 
     def __getitem__(self, name: str) -> PlannedStage:
         return next(stage for stage in self.stages if stage.spec.name == name)
@@ -192,7 +196,7 @@ def _link(inputs: StageInputs, situation: Situation, *, tolerant: bool, cause: s
     if selection.forces(spec.name) and record is not None:
         usable, forced, reason = False, True, "overwrite asks for it"
     other_data = other_data and not forced
-    key = record.key if other_data else inputs.key
+    key = record.key if other_data and record is not None else inputs.key
     return _Link(inputs=inputs, key=key, usable=usable, reason=reason, other_data=other_data, forced=forced, record=record)
 
 
@@ -218,7 +222,7 @@ def _walk_back(chain: Sequence[_Link], selection: Selection) -> tuple[PlannedSta
 
 def _planned(link: _Link, action: Action, reason: str) -> PlannedStage:
     spec, warning = link.inputs.spec, None
-    if link.other_data and action is Action.REUSE:
+    if link.record is not None and link.other_data and action is Action.REUSE:
         warning = (
             f"Stage {spec.name!r} was made from other data ({link.record.data}) and is reused as it is; "
             f"later stages use the recipe's data. To make it again from that: overwrite: [{spec.name}]."

@@ -23,7 +23,7 @@ from jobs.execution.interruption import JobInterrupted, interruptible
 from jobs.execution.preparation import Materials, describe_data, gather, recipe_digest, versions
 from jobs.execution.stage import Job, run_stage
 from jobs.logs import log_failure, logging_to
-from jobs.manifest import ManifestFile, RunRecord, Status, now, read_manifest
+from jobs.manifest import ManifestFile, RunRecord, Status, read_manifest
 from jobs.planning import Action, Plan
 from jobs.reporting.plan_text import JobPlan, describe_job
 from jobs.reporting.summary import Summary, as_tables, as_text
@@ -108,7 +108,7 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
         measured = measure(job, texts, None if stored is None else stored.model.to(job.device))
         record = {
             "model": str(directory or job.source.name),
-            "key": texts.key(stored and stored.digest),
+            "key": texts.key(None if stored is None else stored.digest),
             "versions": versions(),
         }
         atomic_write_json(job.workspace.job_dir / EVALUATION_FILE, {**record, **measured.record()})
@@ -130,8 +130,7 @@ def _execute(materials: Materials, job: Job, plan: Plan, texts: Texts | None) ->
             artifact = materials.artifact(planned)
             continue
         artifact = run_stage(job, planned, artifact)
-        run = job.manifest.current.run
-        job.manifest.update(run=replace(run, redone=(*run.redone, planned.spec.name)))
+        job.manifest.note_redone(planned.spec.name)
     return Outcome(
         job=job,
         plan=plan,
@@ -197,9 +196,8 @@ class _Run:
         status = Status.FINISHED
         if kind is not None and not issubclass(kind, CertificateError):  # a verdict is an end, not a stop on the way
             status = Status.INTERRUPTED if issubclass(kind, KeyboardInterrupt) else Status.FAILED
-        manifest = self._job.manifest
-        manifest.update(run=replace(manifest.current.run, status=status, finished=now()))
-        if status is Status.FAILED:
+        self._job.manifest.close_run(status)
+        if status is Status.FAILED and error is not None:
             log_failure(error)
         if status is Status.INTERRUPTED:
             message = "Interrupted; what is finished is kept. The same command resumes where it stopped."

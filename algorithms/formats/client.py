@@ -38,7 +38,8 @@ def record(directory: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = model.to(device).eval()
     rows = tokens.to(device)
     logits = model(input_ids=rows, use_cache=False).logits.float()
     greedy = greedy_continuation(model, rows)

@@ -128,7 +128,7 @@ def _compress_block(
     block: nn.Module,
     index: int,
     data: BlockData,
-    statistics: Mapping[Sequence[str], InputStatistics] | None,
+    statistics: dict[Sequence[str], InputStatistics] | None,
 ) -> Mapping[str, object]:
     for group in source.architecture.input_groups:
         if statistics is None:
@@ -141,10 +141,16 @@ def _compress_block(
                 "block %d: %d tokens with infinite or NaN inputs of %s left out", index, gathered[group].num_skipped, group
             )
         for name in group:
-            replacement = compressor.compress_linear(index, name, block.get_submodule(name), gathered[group])
+            replacement = compressor.compress_linear(index, name, _linear(block, name), gathered[group])
             block.set_submodule(name, replacement)
         gathered.pop(group)
     return compressor.finish_block(index, block, data)
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear), f"the architecture table lists {name} as a linear, it is a {type(linear).__name__}"
+    return linear
 
 
 @contextmanager
@@ -157,7 +163,7 @@ def _gather(
     for group in source.architecture.input_groups if active else ():
         if only is not None and group != only:
             continue
-        linear = block.get_submodule(group[0])
+        linear = _linear(block, group[0])
         statistics[group] = InputStatistics(linear.in_features, linear.weight.device)
 
         def _observe(_module: nn.Module, arguments: tuple[Tensor, ...], gathered: InputStatistics = statistics[group]) -> None:

@@ -13,7 +13,14 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from algorithms.modeling.architecture import ModelArchitecture, architecture_for
 from algorithms.modeling.files import file_digest, fingerprint
@@ -130,7 +137,7 @@ class ModelSource:
                     loaded[name] = tensor.to(dtype or tensor.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
         return loaded
 
-    def skeleton(self) -> nn.Module:
+    def skeleton(self) -> PreTrainedModel:
         """A fresh model of this configuration, in evaluation mode: parameters on the meta device, buffers (rotary) real."""
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         config = copy.deepcopy(self.config)
@@ -144,7 +151,7 @@ class ModelSource:
         return model.eval().requires_grad_(False)
 
     @cached_property
-    def _template(self) -> nn.Module:
+    def _template(self) -> PreTrainedModel:
         return self.skeleton()
 
     def block_prefix(self, index: int) -> str:
@@ -157,7 +164,7 @@ class ModelSource:
         Raises:
             ValueError: a weight of the block is missing or holds NaN or infinity.
         """
-        block = copy.deepcopy(self._template.get_submodule(self.architecture.blocks)[index])
+        block = copy.deepcopy(self._template.get_submodule(f"{self.architecture.blocks}.{index}"))
         self._fill(block, self.block_prefix(index), dtype)
         return block.to(device).eval().requires_grad_(False)
 
@@ -203,7 +210,7 @@ class ModelSource:
                 part.to(device)
         return model
 
-    def _tied_name(self, model: nn.Module, name: str) -> str | None:
+    def _tied_name(self, model: PreTrainedModel, name: str) -> str | None:
         """The stored twin of a tied head."""
         if name != self.architecture.head or f"{name}.weight" in self.weight_files:
             return None

@@ -94,7 +94,7 @@ def conclude(outcome: Outcome) -> Summary:
     if outcome.formats:
         _publish(outcome, withheld=[format_folder(c.format, outcome.formats) for c in failed])
         _write_card(outcome, _summary(outcome, (), certificates))
-    figures = _figures(outcome) if outcome.texts is not None else ()
+    figures = () if outcome.texts is None else _figures(outcome, outcome.texts)
     summary = _summary(outcome, figures, certificates)
     if outcome.formats and figures:
         _write_card(outcome, summary)
@@ -159,12 +159,12 @@ def _publish(outcome: Outcome, withheld: list[str]) -> None:
         logger.info("Published %d files to %s", len(files), job_dir)
 
 
-def _figures(outcome: Outcome) -> tuple[CorpusFigures, ...]:
-    job, key = outcome.job, outcome.texts.key(outcome.artifact.digest)
+def _figures(outcome: Outcome, texts: Texts) -> tuple[CorpusFigures, ...]:
+    job, key = outcome.job, texts.key(outcome.artifact.digest)
     earlier = job.manifest.current.evaluation
     if earlier is not None and earlier["key"] == key and not outcome.is_fresh:
         return evaluation.from_records(earlier["figures"])
-    measured = measure(job, outcome.texts, outcome.model)
+    measured = measure(job, texts, outcome.model)
     job.manifest.update(evaluation={"key": key, **measured.record()})
     return measured.figures
 

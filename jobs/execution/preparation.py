@@ -90,7 +90,7 @@ class Materials:
         damaged: dict[str, Condition] = {}
         while True:
             plan = make_plan(self.situation(manifest, damaged))
-            found = {stage.spec.name: self.locate(stage.spec.name, stage.record, full=True)[1] for stage in plan.foundations}
+            found = {stage.spec.name: self.locate(stage.spec.name, stage.result, full=True)[1] for stage in plan.foundations}
             worse = {name: state for name, state in found.items() if not state.intact}
             if not worse:
                 return plan
@@ -98,7 +98,7 @@ class Materials:
 
     def artifact(self, planned: PlannedStage) -> Artifact:
         """The artifact of a stage that is reused."""
-        return Artifact(kind=planned.spec.kind, directory=self.locate(planned.spec.name, planned.record)[0], digest=planned.key)
+        return Artifact(kind=planned.spec.kind, directory=self.locate(planned.spec.name, planned.result)[0], digest=planned.key)
 
 
 def gather(

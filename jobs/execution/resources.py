@@ -37,7 +37,8 @@ class Meter:
     """
 
     def __enter__(self) -> Meter:
-        self._cpu, self._wall, self._ended = _user_cpu(), time.monotonic(), None
+        self._cpu, self._wall = _user_cpu(), time.monotonic()
+        self._ended: Usage | None = None
         self._sampler = None if _reset_peak() else _Sampler()
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()

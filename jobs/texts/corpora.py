@@ -47,7 +47,7 @@ def _wikitext_line(line: str) -> str:
 
 _C4 = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 _C4_REVISION = "607bd4c8450a42878aa9ddc051a65a055450ef87"
-_PTB = {"hub": "ptb-text-only/ptb_text_only", "subname": "penn_treebank", "column": "sentence"}
+_PTB = "ptb-text-only/ptb_text_only"
 
 CARDS = (
     CorpusCard(
@@ -58,8 +58,16 @@ CARDS = (
         line=_wikitext_line,
         aliases=("wikitext-2", "wikitext-2-raw-v1"),
     ),
-    CorpusCard(name="ptb", joiner="\n\n", evaluation_split="validation", aliases=("ptb_text_only",), **_PTB),
-    CorpusCard(name="ptb_new", joiner=" ", **_PTB),
+    CorpusCard(
+        name="ptb",
+        hub=_PTB,
+        subname="penn_treebank",
+        column="sentence",
+        joiner="\n\n",
+        evaluation_split="validation",
+        aliases=("ptb_text_only",),
+    ),
+    CorpusCard(name="ptb_new", hub=_PTB, subname="penn_treebank", column="sentence", joiner=" "),
     CorpusCard(
         name="c4",
         hub="allenai/c4",

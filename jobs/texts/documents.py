@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
@@ -168,7 +169,8 @@ def _part_of(saved: datasets.Dataset | datasets.DatasetDict, split: str, origin:
 
 
 def _from_hub(location: TextLocation, cache_dir: Path, split: str) -> datasets.Dataset:
-    card, options = location.card, {"split": split, "cache_dir": str(cache_dir)}
+    card = location.card
+    options: dict[str, Any] = {"split": split, "cache_dir": str(cache_dir)}
     if card is not None and card.data_files:
         names = {name for name, _ in _spans(split)}
         options["data_files"] = {name: file for name, file in card.data_files.items() if name in names}
@@ -224,7 +226,7 @@ def _quiet() -> Iterator[None]:
 
 def _spans(split: str) -> list[tuple[str, Mapping[str, str | None]]]:
     """Each part of a split expression as (name, its bounds as they were written)."""
-    found = []
+    found: list[tuple[str, Mapping[str, str | None]]] = []
     for part in split.split("+"):
         match = SPLIT_PATTERN.fullmatch(part.strip())
         if match is None:

@@ -17,8 +17,10 @@ from configs.recipe import Recipe
 from jobs.texts.corpora import CorpusCard, find_card
 from jobs.workspace import Workspace, check_name
 
+Kind = Literal["tokens", "json", "csv", "parquet", "text", "saved", "hub"]
+
 TOKEN_SUFFIXES = (".pt", ".pth")
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+READERS: Mapping[str, Kind] = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 SAVED_MARKS = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in the folder of a DatasetDict and of a Dataset
 SPLIT_WORDS = {
     "train": "train",
@@ -28,8 +30,6 @@ SPLIT_WORDS = {
     "val": "validation",
     "dev": "validation",
 }
-
-Kind = Literal["tokens", "json", "csv", "parquet", "text", "saved", "hub"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,9 @@ def locate_path(path: Path, key: str) -> TextLocation:
         raise DataError(f"{origin}: there is no such file or folder.{nearest_sibling(path)} Change {key}.")
     if any((path / mark).is_file() for mark in SAVED_MARKS):
         return TextLocation(kind="saved", origin=origin, name=path.name, folder=path)
-    found = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file) and not _hidden(file, path))
-    kinds = sorted({_reader(file) for file in found})
+    readers = {file: _reader(file) for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)}
+    found = [file for file, kind in readers.items() if kind is not None]
+    kinds = sorted({kind for kind in readers.values() if kind is not None})
     if len(kinds) != 1:
         what = (
             f"holds files of several kinds ({', '.join(kinds)}): name one of them" if kinds else f"holds no text: {_readable()}"

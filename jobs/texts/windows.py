@@ -224,7 +224,9 @@ def _stream(
 
     With ``longest``, a document gives a random stretch of at most that many tokens, and no more are read than are needed.
     """
-    parts, places, total = [], [], 0
+    parts: list[Tensor] = []
+    places: list[tuple[int, int, int]] = []
+    total = 0
     for document, tokens in _drawn(corpus, order):
         start = 0
         if longest is not None and tokens.numel() > longest:
