@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, fingerprint
+from algorithms.modeling.files import atomic_folder, atomic_save_tensors, atomic_write_json, fingerprint
 from configs.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def files_digest(files: Iterable[Path]) -> str:
 def convert(files: list[Path], base: Path, target: Path, key: str, *, trust_remote_code: bool = False) -> None:
     """Writes ``target``: the weights of ``files`` as safetensors, one shard a file, with ``base``'s config and tokenizer.
 
-    The folder is written under another name and renamed, so it is whole or absent.
+    The folder is whole or absent.
 
     Args:
         files: State dicts of one model, disjoint.
@@ -66,17 +65,12 @@ def convert(files: list[Path], base: Path, target: Path, key: str, *, trust_remo
     Raises:
         DataError: A file is no state dict of tensors, or does not fit the architecture.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     logger.info("Converting %d file(s) of %s to safetensors in %s.", len(files), key, target)
-    try:
+    with atomic_folder(target) as partial:
         wanted = _parameters(base, trust_remote_code=trust_remote_code)
         shapes = _write_shards(files, partial, wanted, key)
         _check(shapes, wanted, base, files, key)
         link_files((file for file in base.iterdir() if file.is_file() and is_side_file(file)), partial)
-        replace_folder(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_side_file(file: Path) -> bool:
@@ -85,8 +79,7 @@ def is_side_file(file: Path) -> bool:
 
 
 def link_files(files: Iterable[Path], folder: Path) -> None:
-    """Makes ``folder`` with a link to each file; a copy where the file system has no links."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Puts a link to each file into ``folder``; a copy where the file system has no links."""
     for file in files:
         try:
             (folder / file.name).symlink_to(file.resolve())
@@ -94,16 +87,6 @@ def link_files(files: Iterable[Path], folder: Path) -> None:
             continue
         except OSError:
             shutil.copy2(file, folder / file.name)
-
-
-def replace_folder(partial: Path, target: Path) -> None:
-    """Renames a finished folder into place; one that another process finished first is as good and stays."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.rename(target)
-    except OSError:
-        if not (target / "config.json").is_file():
-            raise
 
 
 def _parameters(base: Path, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 
+from algorithms.modeling.files import atomic_folder
 from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
 from configs.recipe import Recipe
-from jobs.checkpoints import convert, files_digest, is_side_file, link_files, replace_folder, shard_index, state_files
+from jobs.checkpoints import convert, files_digest, is_side_file, link_files, shard_index, state_files
 from jobs.texts.location import nearest_sibling
 from jobs.workspace import Workspace, check_name, inside
 
@@ -125,13 +125,8 @@ def _from_hub(recipe: Recipe, workspace: Workspace, *, weights: bool) -> Path:
         snapshot = _download(recipe.model, workspace, (*SIDE_PATTERNS, *code, "pytorch_model*.bin"))
         convert(state_files(snapshot, "MODEL"), snapshot, target, "MODEL", trust_remote_code=recipe.trust_remote_code)
         return target
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    link_files((file for file in snapshot.iterdir() if file.is_file()), partial)
-    try:
-        replace_folder(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(target) as partial:
+        link_files((file for file in snapshot.iterdir() if file.is_file()), partial)
     return target
 
 

@@ -1,11 +1,13 @@
-"""Files that are either whole or absent, and digests that name their content."""
+"""Files and folders that are either whole or absent, and digests that name their content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -41,6 +43,29 @@ def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Map
     with partial.open("rb") as stream:
         os.fsync(stream.fileno())
     partial.replace(path)
+
+
+@contextmanager
+def atomic_folder(place: Path) -> Iterator[Path]:
+    """An empty folder to fill, which appears at ``place`` when the block ends well; a block that fails leaves nothing.
+
+    Where another process has put the same files there in the meantime, its folder stays.
+
+    Raises:
+        OSError: something else stands at ``place``.
+    """
+    partial = _partial_name(place)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        try:
+            partial.rename(place)
+        except OSError:
+            if any(not (place / entry.name).exists() for entry in partial.iterdir()):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:

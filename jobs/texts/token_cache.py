@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, file_digest
+from algorithms.modeling.files import atomic_folder, atomic_save_tensors, atomic_write_json, file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +55,12 @@ def read_tokens(folder: Path, key: str) -> TokenSets | None:
 
 def write_tokens(folder: Path, sets: TokenSets) -> None:
     """Caches sequences under their key; a damaged entry of the same key is replaced."""
-    place, partial = folder / sets.key, folder / f".{sets.key}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    tensors = _flatten(sets.train, "train") | _flatten(sets.validation, "validation")
-    atomic_save_tensors(partial / TOKENS_FILE, tensors)
-    atomic_write_json(partial / RECORD_FILE, {"digest": file_digest(partial / TOKENS_FILE), "record": dict(sets.record)})
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        partial.rename(place)
-    except OSError:  # another rank wrote the same tokens in between
-        shutil.rmtree(partial)
+    place = folder / sets.key
+    with atomic_folder(place) as partial:
+        tensors = _flatten(sets.train, "train") | _flatten(sets.validation, "validation")
+        atomic_save_tensors(partial / TOKENS_FILE, tensors)
+        atomic_write_json(partial / RECORD_FILE, {"digest": file_digest(partial / TOKENS_FILE), "record": dict(sets.record)})
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _flatten(sequences: Sequence[Tensor], name: str) -> dict[str, Tensor]:

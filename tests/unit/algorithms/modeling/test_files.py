@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from algorithms.modeling.block_store import BlockStore
-from algorithms.modeling.files import atomic_write_json, file_digest, fingerprint, folder_digest
+from algorithms.modeling.files import atomic_folder, atomic_write_json, file_digest, fingerprint, folder_digest
 from algorithms.modeling.shards import ShardWriter
 
 
@@ -71,3 +71,39 @@ def test_shards_and_index_hold_every_tensor(tmp_path, shard_bytes):
         found = {name: load_file(tmp_path / file)[name] for name, file in index["weight_map"].items()}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def fail_halfway(place):
+    with atomic_folder(place) as partial:
+        (partial / "a").write_text("half")
+        raise RuntimeError("stopped")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    place = tmp_path / "models" / "m"
+    with pytest.raises(RuntimeError, match="stopped"):
+        fail_halfway(place)
+    assert list(place.parent.iterdir()) == []
+    with atomic_folder(place) as partial:
+        (partial / "a").write_text("whole")
+        assert not place.exists()
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {"models", "models/m", "models/m/a"}
+
+
+def test_a_folder_that_another_process_finished_first_stays(tmp_path):
+    place = tmp_path / "m"
+    with atomic_folder(place) as partial:
+        (partial / "a").write_text("mine")
+        place.mkdir()
+        (place / "a").write_text("theirs")
+    assert (place / "a").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_folder_does_not_take_the_place_of_something_else(tmp_path):
+    place = tmp_path / "m"
+    place.mkdir()
+    (place / "notes.txt").write_text("a user's own")
+    with pytest.raises(OSError, match="not empty"), atomic_folder(place) as partial:
+        (partial / "a").write_text("mine")
+    assert [path.name for path in place.iterdir()] == ["notes.txt"]
