@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import yaml
 
-from algorithms.base import Artifact, CompressionAlgorithm
+from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from configs.errors import CertificateError, DataError
 from configs.loader import LoadedRecipe
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"
 
-AlgorithmFactory = Callable[[str], type[CompressionAlgorithm]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
@@ -48,14 +46,11 @@ class JobResult:
     figures: tuple[CorpusFigures, ...] = ()
 
 
-def run_job(
-    loaded: LoadedRecipe, algorithm_factory: AlgorithmFactory | None = None, *, parts: Collaborators | None = None
-) -> JobResult:
+def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None) -> JobResult:
     """Run a recipe to its end, from wherever an earlier run of the same job has got to.
 
     Args:
         loaded: the recipe.
-        algorithm_factory: algorithm name -> plugin class; the registry by default.
         parts: what the runner works with; the real collaborators by default.
 
     Raises:
@@ -64,7 +59,7 @@ def run_job(
         CertificateError: an exported format is read differently by its client; everything else was written.
         JobInterrupted: SIGTERM or Ctrl-C; a ``KeyboardInterrupt`` whose message says how to resume.
     """
-    parts = _with_factory(parts, algorithm_factory)
+    parts = parts or Collaborators()
     if loaded.parameters.evaluate_only:
         return evaluate_only(loaded, parts=parts)
     with _opened(loaded, parts) as (materials, job), _Run(job, loaded, materials.run):
@@ -78,15 +73,13 @@ def run_job(
         return JobResult(job_dir=job.workspace.job_dir, plan=plan, summary=summary, figures=tuple(summary.figures))
 
 
-def plan_job(
-    loaded: LoadedRecipe, algorithm_factory: AlgorithmFactory | None = None, *, parts: Collaborators | None = None
-) -> JobPlan:
+def plan_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None) -> JobPlan:
     """Say what :func:`run_job` would do, without doing it. A model or text that is not there becomes a note.
 
     Raises:
         DataError: STAGES or ``overwrite`` cannot be followed, or the job folder cannot be used.
     """
-    parts = _with_factory(parts, algorithm_factory)
+    parts = parts or Collaborators()
     workspace = open_workspace(loaded.recipe)
     manifest = read_manifest(workspace.manifest_path)
     check_target(workspace.job_dir, manifest.published)
@@ -228,8 +221,3 @@ def _announce(plan: Plan) -> None:
         logger.info("Plan: %s: %s (%s)", stage.spec.name, stage.action.value, stage.reason)
     for warning in plan.warnings:
         logger.warning("%s", warning)
-
-
-def _with_factory(parts: Collaborators | None, factory: AlgorithmFactory | None) -> Collaborators:
-    parts = parts or Collaborators()
-    return parts if factory is None else replace(parts, algorithm_class=factory)

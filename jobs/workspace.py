@@ -25,6 +25,8 @@ from configs.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
+LOCK = ".job.lock"
 LEGACY_CALIBRATION = "caliberation"  # the spelling that older commands and guides use for tmp/calibration
 
 
@@ -51,7 +53,7 @@ class Workspace:
     @property
     def manifest_path(self) -> Path:
         """Digests, status, versions, times and memory of each stage."""
-        return self.job_dir / "manifest.json"
+        return self.job_dir / MANIFEST
 
     @property
     def metrics_path(self) -> Path:
@@ -69,19 +71,9 @@ class Workspace:
         return self.job_dir / "certificate.json"
 
     @property
-    def report_path(self) -> Path:
-        """What a person reads about the finished job."""
-        return self.job_dir / "report.html"
-
-    @property
-    def log_path(self) -> Path:
-        """The log of rank 0."""
-        return self.logs_dir / "log.log"
-
-    @property
     def lock_path(self) -> Path:
         """The file that a running job holds; outside ``tmp/``, which the job itself may delete."""
-        return self.job_dir / ".job.lock"
+        return self.job_dir / LOCK
 
     @property
     def datasets_dir(self) -> Path:

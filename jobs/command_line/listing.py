@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-MANIFEST = "manifest.json"
-LOCK = ".job.lock"
+from jobs.workspace import LOCK, MANIFEST
+
 STOPPED = {"tmp", "exports", "packed"}  # folders inside a job, which hold no further jobs
 DEEPEST = 6  # a JOB_ID with slashes makes subfolders, but not this many
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -65,6 +66,15 @@ class Outcome:
         """Our own reading of the result, from before the export where that is there: it then checks the export too."""
         return self._load()
 
+    @property
+    def unexported(self) -> Artifact:
+        """The result before its export, where that is there: an export no longer shows what the weights were made of."""
+        return self.given if self.given is not None and self.plan.is_complete else self.artifact
+
+    def remembered(self, entry: Mapping[str, Any] | None, key: str | None = None) -> Mapping[str, Any] | None:
+        """An entry of the manifest, if it speaks of this very result (or of ``key``); otherwise None."""
+        return None if entry is None or self.is_fresh or entry["key"] != (key or self.artifact.digest) else entry
+
     def reference(self, name: str) -> nn.Module:
         """What the client of a format has to see: the result, rounded as that format stores it."""
         if name != DENSE:
@@ -76,8 +86,7 @@ class Outcome:
         return rounded
 
     def _load(self) -> nn.Module:
-        before_export = self.given if self.plan.is_complete else None
-        model = self.job.algorithm.load(before_export or self.artifact)
+        model = self.job.algorithm.load(self.unexported)
         return model.eval().requires_grad_(False).to(self.job.device)
 
 
@@ -106,8 +115,8 @@ def conclude(outcome: Outcome) -> Summary:
 
 
 def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
-    job, earlier = outcome.job, outcome.job.manifest.current.certificate
-    if earlier is not None and earlier["key"] == outcome.artifact.digest and not outcome.is_fresh:
+    job, earlier = outcome.job, outcome.remembered(outcome.job.manifest.current.certificate)
+    if earlier is not None:
         found = [FormatCertificate(**{**entry, "verdict": Verdict(entry["verdict"])}) for entry in earlier["formats"]]
         if all(c.verdict is Verdict.PASSED for c in found) and tuple(c.format for c in found) == outcome.formats:
             return tuple(found)
@@ -161,8 +170,8 @@ def _publish(outcome: Outcome, withheld: list[str]) -> None:
 
 def _figures(outcome: Outcome, texts: Texts) -> tuple[CorpusFigures, ...]:
     job, key = outcome.job, texts.key(outcome.artifact.digest)
-    earlier = job.manifest.current.evaluation
-    if earlier is not None and earlier["key"] == key and not outcome.is_fresh:
+    earlier = outcome.remembered(job.manifest.current.evaluation, key)
+    if earlier is not None:
         return evaluation.from_records(earlier["figures"])
     measured = measure(job, texts, outcome.model)
     job.manifest.update(evaluation={"key": key, **measured.record()})
@@ -192,12 +201,10 @@ def measure(job: Job, texts: Texts, model: nn.Module | None) -> Measured:
 
 
 def _bits(outcome: Outcome) -> Mapping[str, float]:
-    job, earlier = outcome.job, outcome.job.manifest.current.bits
-    if earlier is not None and earlier["key"] == outcome.artifact.digest and not outcome.is_fresh:
+    job, earlier = outcome.job, outcome.remembered(outcome.job.manifest.current.bits)
+    if earlier is not None:
         return earlier["bits"]
-    # From before the export where that is there: a dense export no longer shows what the weights were made of.
-    artifact = outcome.given if outcome.given is not None and outcome.plan.is_complete else outcome.artifact
-    bits = {name: float(value) for name, value in job.algorithm.bits(artifact).items()}
+    bits = {name: float(value) for name, value in job.algorithm.bits(outcome.unexported).items()}
     job.manifest.update(bits={"key": outcome.artifact.digest, "bits": bits})
     return bits
 

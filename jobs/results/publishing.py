@@ -59,7 +59,7 @@ def publish(
     manifest.update(published=Publication(key="", files={**old, **publication.files}))
     _remove_stale(job_dir, [name for name in old if name not in publication.files])
     for name in sorted(publication.files, key=_config_last):
-        if not (PurePosixPath(name).name == CONFIG and _parent(name) in withheld):
+        if not _is_withheld(name, withheld):
             place_file(folder / name, job_dir / name)
     manifest.update(published=publication)
 
@@ -68,7 +68,7 @@ def is_published(job_dir: Path, publication: Publication | None, key: str, withh
     """Whether the job folder already holds what stage ``key`` exported: all names with their sizes."""
     if publication is None or publication.key != key:
         return False
-    expected = {n: r for n, r in publication.files.items() if not (PurePosixPath(n).name == CONFIG and _parent(n) in withheld)}
+    expected = {name: record for name, record in publication.files.items() if not _is_withheld(name, withheld)}
     return all((job_dir / name).is_file() and (job_dir / name).stat().st_size == r.size for name, r in expected.items())
 
 
@@ -130,6 +130,7 @@ def _config_last(name: str) -> tuple[bool, bool, str]:
     return path.name == CONFIG, path.name == CONFIG and len(path.parts) == 1, name
 
 
-def _parent(name: str) -> str:
-    parent = PurePosixPath(name).parent.as_posix()
-    return "" if parent == "." else parent
+def _is_withheld(name: str, folders: Collection[str]) -> bool:
+    """Whether a file is the config.json of one of ``folders``, as :func:`format_folder` names them."""
+    path = PurePosixPath(name)
+    return path.name == CONFIG and path.parent in map(PurePosixPath, folders)

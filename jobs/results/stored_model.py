@@ -12,8 +12,8 @@ from algorithms.modeling.files import folder_digest
 from configs.errors import DataError
 from jobs.execution.preparation import Materials
 from jobs.manifest import StageRecord, Status, read_manifest
-
-_CONFIG, _MANIFEST = "config.json", "manifest.json"
+from jobs.results.publishing import CONFIG
+from jobs.workspace import MANIFEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ def load_stored(directory: Path, materials: Materials) -> StoredModel:
     if found is not None:
         model = materials.algorithm.load(Artifact(kind=found.kind, directory=place, digest=found.key))
         return StoredModel(model=model.eval().requires_grad_(False), digest=found.key)
-    if not (place / _CONFIG).is_file():
+    if not (place / CONFIG).is_file():
         raise DataError(
-            f"{directory} holds no model: no {_CONFIG}, and no finished stage of a {materials.algorithm.name} job. "
+            f"{directory} holds no model: no {CONFIG}, and no finished stage of a {materials.algorithm.name} job. "
             "Name a job folder, a folder below its tmp/, or a Hugging Face model folder."
         )
     dense = materials.parts.load_dense(place, materials.loaded.recipe.trust_remote_code)
@@ -47,7 +47,7 @@ def load_stored(directory: Path, materials: Materials) -> StoredModel:
 def _record_of(place: Path, materials: Materials) -> StageRecord | None:
     """The finished stage that wrote the folder: a job folder stands for its last stage, tmp/<directory> for its own."""
     last = materials.specs[-1].name
-    for manifest_path, wanted in ((place / _MANIFEST, None), (place.parent.parent / _MANIFEST, place.name)):
+    for manifest_path, wanted in ((place / MANIFEST, None), (place.parent.parent / MANIFEST, place.name)):
         if not manifest_path.is_file():
             continue
         manifest = read_manifest(manifest_path)

@@ -25,7 +25,7 @@ def test_the_layout_of_a_job(tmp_path):
     job = user / "jobs" / "KomPress" / "7"
     assert found.job_dir == job
     assert found.logs_dir == user / "logs" / "KomPress" / "7"
-    assert found.log_path == user / "logs" / "KomPress" / "7" / "log.log"
+    assert found.logs_dir == user / "logs" / "KomPress" / "7"
     assert (found.cache_dir, found.models_dir, found.datasets_dir) == (user / ".cache", user / "models", user / "datasets")
     assert found.stage_dir("calibration") == job / "tmp" / "calibration"
     assert found.partial_dir("calibration") == job / "tmp" / ".calibration.partial"
