@@ -4,8 +4,8 @@
         [--setting 2x8 --setting 2x8+tuning --setting 1x8+tuning] [--seed 0] [KEY=VALUE ...]
 
 Runs one job a setting through main.py on one thread, reads the calibration's own user CPU seconds from the manifest, and scores
-the result on the first 65,536 tokens of each text: windows of 256 tokens, no BOS, a window's first token unscored. A .jsonl text
-is a list of {question, answer}, joined as "Question: ...\nAnswer: ...". Further KEY=VALUE pairs override the recipe.
+the result on the first 65,536 tokens of each text: windows of 256 tokens, no BOS, a window's first token unscored. A .jsonl
+text is a list of {question, answer}, joined as "Question: ...\nAnswer: ...". Further KEY=VALUE pairs override the recipe.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def read_text(path: Path) -> str:
 def calibrate(setting: dict[str, int], arguments: argparse.Namespace, folder: Path) -> tuple[Path, float]:
     """Run the job; returns the folder of the dense model and the calibration's user CPU seconds."""
     changes = {**setting, "seed": arguments.seed}
-    command = [sys.executable, "main.py", "--yaml_path", str(RECIPE), f"USER_FOLDER={folder}", f"MODEL={arguments.model.resolve()}"]
-    command += [f"DATA_PATH={arguments.tokens.resolve()}"]
+    command = [sys.executable, "main.py", "--yaml_path", str(RECIPE), f"USER_FOLDER={folder}"]
+    command += [f"MODEL={arguments.model.resolve()}", f"DATA_PATH={arguments.tokens.resolve()}"]
     command += [f"llm.AQLM.calibration_config.{key}={value}" for key, value in changes.items()]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with (folder / "output.txt").open("w", encoding="utf-8") as stream:
