@@ -95,12 +95,6 @@ class Activations:
             for place, batch in enumerate(self):
                 self.batches[place] = self.arguments.run(block, index, batch).to(self.storage)
 
-    @torch.no_grad()
-    def visit(self, block: nn.Module, index: int) -> None:
-        """Run the block and drop its outputs: for whoever listens to its linears."""
-        for batch in self:
-            self.arguments.run(block, index, batch)
-
     def copy(self) -> Activations:
         """A second list over the same tensors, which ``advance`` on either leaves to the other."""
         return Activations(batches=list(self.batches), arguments=self.arguments, device=self.device, storage=self.storage)

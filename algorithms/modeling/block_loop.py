@@ -6,9 +6,9 @@ for, the errors of earlier ones; what a block should produce comes from the orig
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_store import BlockStore
+from algorithms.modeling.input_capture import linear_at, listening, paired_statistics, plain_statistics
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.statistics import InputStatistics
 
@@ -57,13 +58,23 @@ class BlockCompressor(Protocol):
 class Streams:
     """Hidden states before the current block: of the compressed prefix and, where ``reference`` is set, of the original model.
 
-    With a reference, the targets of a block are the original model's own hidden states, and a block is asked to undo the error
-    it is handed. Without, they are what the original block makes of the compressed prefix, at half the memory.
+    With a reference, layers and blocks are asked for what the original model computes, and so undo the error they are handed.
+    Without, for what they would have made of the compressed prefix, at half the memory.
     """
 
     training: Activations
     validation: Activations
     reference: tuple[Activations, Activations] | None = None
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Pass the compressed block."""
+        self.training.advance(block, index)
+        self.validation.advance(block, index)
+
+    def advance_reference(self, block: nn.Module, index: int) -> None:
+        """Pass the original block, where there is a reference."""
+        for activations in self.reference or ():
+            activations.advance(block, index)
 
 
 def compress_blockwise(
@@ -77,117 +88,79 @@ def compress_blockwise(
 ) -> None:
     """Compress every block that ``store`` does not hold yet, in order, and store it.
 
-    ``sequential`` gathers each input group's statistics after the earlier groups of the same block were replaced, at the cost
-    of one forward a group; targets are the original outputs all the same. ``on_block`` hears of each block with its report.
+    ``sequential`` gathers each input group's statistics after the earlier groups of the same block were replaced, which a
+    reference implies. Targets are original outputs all the same. ``on_block`` hears of each block with its report.
     """
     device = streams.training.device
     for index in range(source.num_blocks):
         block = source.load_block(index, device=device)
         stored = store.load(index)
         if stored is None:
-            with _gather(source, block, active=not sequential) as statistics:
-                data = _block_data(streams, block, index)
-            report = _compress_block(source, compressor, block, index, data, None if sequential else statistics)
-            tensors = compressor.freeze_block(block)
-            store.save(index, tensors, report)
+            report = _compress_block(source, compressor, streams, block, index, sequential)
+            store.save(index, compressor.freeze_block(block), report)
         else:
             tensors, report = stored
-            if streams.reference is not None:
-                for reference in streams.reference:
-                    reference.advance(block, index)
+            streams.advance_reference(block, index)
             compressor.restore_block(block, {name: tensor.to(device) for name, tensor in tensors.items()})
-        streams.training.advance(block, index)
-        streams.validation.advance(block, index)
+        streams.advance(block, index)
         on_block(index, report)
 
 
-def _block_data(streams: Streams, block: nn.Module, index: int) -> BlockData:
-    inputs, validation = streams.training, streams.validation
-    if streams.reference is None:
-        return BlockData(
-            inputs=inputs,
-            targets=inputs.through(block, index),
-            validation_inputs=validation,
-            validation_targets=validation.through(block, index),
-        )
-    inputs.visit(block, index)
-    with _no_hooks(block):
-        for reference in streams.reference:
-            reference.advance(block, index)
-    return BlockData(
-        inputs=inputs,
-        targets=streams.reference[0].copy(),
-        validation_inputs=validation,
-        validation_targets=streams.reference[1].copy(),
-    )
-
-
 def _compress_block(
-    source: ModelSource,
-    compressor: BlockCompressor,
-    block: nn.Module,
-    index: int,
-    data: BlockData,
-    statistics: dict[Sequence[str], InputStatistics] | None,
+    source: ModelSource, compressor: BlockCompressor, streams: Streams, block: nn.Module, index: int, sequential: bool
 ) -> Mapping[str, object]:
-    for group in source.architecture.input_groups:
-        if statistics is None:
-            with _gather(source, block, active=True, only=group) as gathered:
-                data.inputs.visit(block, index)
-        else:
-            gathered = statistics
-        if gathered[group].num_skipped:
-            logger.warning(
-                "block %d: %d tokens with infinite or NaN inputs of %s left out", index, gathered[group].num_skipped, group
-            )
-        for name in group:
-            replacement = compressor.compress_linear(index, name, _linear(block, name), gathered[group])
-            block.set_submodule(name, replacement)
-        gathered.pop(group)
+    if streams.reference is not None:
+        data = _compress_against_original(source, compressor, streams, block, index)
+    else:
+        data = _compress_against_prefix(source, compressor, streams, block, index, sequential)
     return compressor.finish_block(index, block, data)
 
 
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear), f"the architecture table lists {name} as a linear, it is a {type(linear).__name__}"
-    return linear
+def _compress_against_original(
+    source: ModelSource, compressor: BlockCompressor, streams: Streams, block: nn.Module, index: int
+) -> BlockData:
+    assert streams.reference is not None
+    original = copy.deepcopy(block)
+    for group in source.architecture.input_groups:
+        statistics = paired_statistics(group[0], index, (block, streams.training), (original, streams.reference[0]))
+        _replace(compressor, block, index, group, statistics)
+    streams.advance_reference(original, index)
+    training, validation = streams.reference
+    # The lists are copied, not the tensors: the next block advances the reference while these targets are long done with.
+    return _data(streams, training.copy(), validation.copy())
 
 
-@contextmanager
-def _gather(
-    source: ModelSource, block: nn.Module, *, active: bool, only: Sequence[str] | None = None
-) -> Iterator[dict[Sequence[str], InputStatistics]]:
-    """Statistics of the inputs of each group (linears that share an input share them), while the block runs."""
-    statistics: dict[Sequence[str], InputStatistics] = {}
-    handles = []
-    for group in source.architecture.input_groups if active else ():
-        if only is not None and group != only:
-            continue
-        linear = _linear(block, group[0])
-        statistics[group] = InputStatistics(linear.in_features, linear.weight.device)
-
-        def _observe(_module: nn.Module, arguments: tuple[Tensor, ...], gathered: InputStatistics = statistics[group]) -> None:
-            gathered.update(arguments[0])
-
-        handles.append(linear.register_forward_pre_hook(_observe))
-    try:
-        yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
+def _compress_against_prefix(
+    source: ModelSource, compressor: BlockCompressor, streams: Streams, block: nn.Module, index: int, sequential: bool
+) -> BlockData:
+    groups = source.architecture.input_groups
+    validation = streams.validation.through(block, index)
+    with listening(() if sequential else groups, block) as gathered:
+        targets = streams.training.through(block, index)
+    for place, group in enumerate(groups):
+        statistics = plain_statistics(group[0], index, block, streams.training) if sequential else gathered[place]
+        _replace(compressor, block, index, group, statistics)
+    return _data(streams, targets, validation)
 
 
-@contextmanager
-def _no_hooks(block: nn.Module) -> Iterator[None]:
-    """The block without its forward pre-hooks: what runs here must not enter the statistics."""
-    held = [(module, module._forward_pre_hooks.copy()) for module in block.modules() if module._forward_pre_hooks]
-    try:
-        for module, _ in held:
-            module._forward_pre_hooks.clear()
-        yield
-    finally:
-        for module, hooks in held:
-            module._forward_pre_hooks.update(hooks)
+def _data(streams: Streams, targets: Activations, validation_targets: Activations) -> BlockData:
+    return BlockData(
+        inputs=streams.training,
+        targets=targets,
+        validation_inputs=streams.validation,
+        validation_targets=validation_targets,
+    )
+
+
+def _replace(
+    compressor: BlockCompressor, block: nn.Module, index: int, group: Sequence[str], statistics: InputStatistics
+) -> None:
+    if statistics.num_skipped:
+        logger.warning(
+            "block %d: %d tokens with infinite or NaN inputs of %s left out", index, statistics.num_skipped, ", ".join(group)
+        )
+    for name in group:
+        block.set_submodule(name, compressor.compress_linear(index, name, linear_at(block, name), statistics))
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class AqlmCompressor:
         """Fit additive codebooks to one linear under the Hessian of its inputs."""
         if not self._block.linears:
             self._block = _Progress(started=time.process_time(), linears={})
-        matrix, hessian = linear.weight.detach().float(), statistics.hessian()
+        matrix, hessian = statistics.corrected(linear.weight.detach().float()), statistics.hessian()
         fit = fit_additive(matrix, hessian, self._settings, keyed_generator(self._config.seed, "aqlm", index, name))
         power = torch.sum((matrix @ hessian) * matrix).item()
         bits = stored_bits(tuple(fit.weight.codes.shape), tuple(fit.weight.codebooks.shape))

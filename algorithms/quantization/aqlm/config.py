@@ -91,6 +91,9 @@ class CalibrationConfig(Parameters):
     codebook_value_num_groups: Annotated[int, BeforeValidator(Only(1, ONE_GROUP))] = 1
     mix_compression: Annotated[bool, BeforeValidator(Only(False, ONE_SETTING))] = False
 
+    # what layers and blocks should reproduce: the original model's outputs, or theirs on the inputs they have now
+    targets: Annotated[str, BeforeValidator(Choice(("original", "compressed_prefix")))] = "original"
+
     # the fit of one linear
     init_max_iterations: Count = Field(default=100, alias="init_max_iter")
     init_max_points_per_centroid: OptionalCount = None
@@ -108,7 +111,6 @@ class CalibrationConfig(Parameters):
     finetune_adam_beta1: Momentum = 0.9
     finetune_adam_beta2: Momentum = 0.999
     finetune_keep_best: Flag = True
-    finetune_targets: Annotated[str, BeforeValidator(Choice(("original", "compressed_prefix")))] = "original"
 
     # how it runs
     dtype: LoadDtype = "auto"

@@ -144,11 +144,10 @@ def _streams(context: StageContext, config: CalibrationConfig) -> Streams:
         device=context.device,
         offload=config.offload_activations,
     )
-    follow_original = config.finetune_max_epochs > 0 and config.finetune_targets == "original"
     return Streams(
         training=training,
         validation=validation,
-        reference=(training.copy(), validation.copy()) if follow_original else None,
+        reference=(training.copy(), validation.copy()) if config.targets == "original" else None,
     )
 
 

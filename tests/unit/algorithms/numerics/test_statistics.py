@@ -47,3 +47,29 @@ def test_generators_differ_by_place_and_repeat():
     assert len(set(draws.values())) == 3
     assert torch.rand(1, generator=keyed_generator(0, 1, "a")).item() == draws[(1, "a")]
     assert torch.rand(1, generator=keyed_generator(1, 1, "a")).item() != draws[(1, "a")]
+
+
+def test_the_corrected_weight_solves_the_regression_onto_the_original_outputs():
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randn(400, 6, generator=generator)
+    inputs = originals @ (torch.eye(6) + 0.2 * torch.randn(6, 6, generator=generator))
+    inputs += 0.1 * torch.randn(400, 6, generator=generator)
+    matrix = torch.randn(3, 6, generator=generator)
+    statistics = InputStatistics(6, paired=True)
+    for part in (slice(0, 150), slice(150, 400)):
+        statistics.update(inputs[part], originals[part])
+    # The ridge as extra rows of an ordinary least-squares problem whose answer is matrix where there is no evidence.
+    weight = (0.01 * (inputs.double().T @ inputs.double()).diagonal().mean()).sqrt() * torch.eye(6, dtype=torch.float64)
+    design = torch.cat([inputs.double(), weight])
+    wanted = torch.cat([originals.double() @ matrix.double().T, weight @ matrix.double().T])
+    expected = torch.linalg.lstsq(design, wanted).solution.T
+    torch.testing.assert_close(statistics.corrected(matrix).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_inputs_need_no_correction():
+    inputs, matrix = torch.randn(50, 4), torch.randn(2, 4)
+    statistics = InputStatistics(4, paired=True)
+    statistics.update(inputs, inputs)
+    assert torch.equal(statistics.corrected(matrix), matrix)
+    with pytest.raises(ValueError, match="paired"):
+        statistics.update(inputs)

@@ -68,7 +68,7 @@ CONVERSION = {
     **{"monkeypatch_old_pickle": False, "p_finetuned_state_dict": None, "base_model": None, "quantized_model": None},
     **{"pv_fsdp_dir": None, "save": None},
 }
-OURS = {"finetune_targets"}  # keys that upstream does not have
+OURS = {"targets"}  # keys that upstream does not have
 BLOCKS = [(CalibrationConfig, CALIBRATION), (FinetuneConfig, FINETUNE), (ConversionConfig, CONVERSION)]
 
 

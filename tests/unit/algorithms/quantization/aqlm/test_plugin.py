@@ -118,7 +118,8 @@ def test_tuning_lowers_the_error_of_every_block(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"true_sequential": True}, {"finetune_targets": "compressed_prefix"}, {"beam_size": 3}]
+    "changes",
+    [{}, {"targets": "compressed_prefix"}, {"targets": "compressed_prefix", "true_sequential": True}, {"beam_size": 3}],
 )
 def test_a_killed_calibration_resumes_at_its_block_with_the_same_result(tmp_path, changes):
     source = ModelSource(save_family(tmp_path / "base", "llama", blocks=3))
