@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from algorithms.numerics.additive import AdditiveCodes
+from algorithms.numerics.nearest import lowest_score
 
 _MAX_SCORES = 1 << 20
 _PANEL_COLUMNS = 128
@@ -68,20 +69,12 @@ def _sweep_panel(
             codewords = weight.codebooks[m]
             old = codewords[codes[:, j, m]]
             target = (local[:, span] + step @ block).view(-1, og, ig) / weight.scales[:, None, None] + old @ block
-            best = _best_codeword(target.flatten(1), codewords.flatten(1), codeword_energies(codewords, block))
+            _, best = lowest_score(target.flatten(1), codewords.flatten(1), codeword_energies(codewords, block))
             step += ((old - codewords[best]) * weight.scales[:, None, None]).view(O, ig)
             codes[:, j, m] = best
         local.addmm_(step, hessian[span])
         change[:, span] = step
     return change
-
-
-def _best_codeword(targets: Tensor, codewords: Tensor, energies: Tensor) -> Tensor:
-    """argmin_k energies[k] - 2 <targets[n], codewords[k]>: targets [N, d], codewords [K, d], energies [K], result [N]."""
-    rows = max(1, _MAX_SCORES // codewords.shape[0])
-    transposed = codewords.T.contiguous()
-    parts = [torch.addmm(energies, chunk, transposed, alpha=-2).argmin(1) for chunk in targets.split(rows)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def beam_search(

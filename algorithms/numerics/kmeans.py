@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 
 from algorithms.numerics.additive import CodewordScatter
+from algorithms.numerics.nearest import lowest_score
 
-_MAX_SCORES = 1 << 22
 # Lloyd's algorithm ends when an iteration gains less: the codebooks are solved exactly afterwards, and iterating to a
 # standstill takes most of the time of a fit without lowering its final error.
 _SMALLEST_GAIN = 0.005
+_LARGEST_FLAT = 1024
 
 
 def nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre [K, d] of every point [N, d]: squared distances [N] and indices [N]; ties go to the lower index."""
-    offsets = centers.square().sum(1)
-    rows = max(1, _MAX_SCORES // centers.shape[0])
-    parts = [torch.addmm(offsets, chunk, centers.T, alpha=-2).min(1) for chunk in points.split(rows)]
-    distances = torch.cat([part.values for part in parts]) + points.square().sum(1)
-    return distances, torch.cat([part.indices for part in parts])
+    """The nearest centre [K, d] of every point [N, d]: squared distances [N] and indices [N]."""
+    scores, labels = lowest_score(points, centers, centers.square().sum(1))
+    return scores + points.square().sum(1), labels
 
 
 def kmeans(points: Tensor, num_centers: int, *, max_iterations: int, generator: torch.Generator) -> Tensor:
@@ -51,6 +49,48 @@ def kmeans(points: Tensor, num_centers: int, *, max_iterations: int, generator: 
     return torch.cat([centers, padding])
 
 
+def tree_kmeans(
+    points: Tensor, everything: Tensor, num_centers: int, *, max_iterations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Centres by k-means in two levels: about sqrt(num_centers) cells, then each cell's share of the centres from its points.
+
+    The cost per point falls from num_centers to twice its square root. A point is given the nearest centre of its own cell,
+    which a later search over all codewords puts right.
+
+    Args:
+        points: what the centres are computed from, [N, d].
+        everything: what is to be labelled, [P, d].
+        num_centers: total number of centres.
+        max_iterations: bound on the iterations of each k-means.
+        generator: decides the starting points.
+
+    Returns:
+        Centres [num_centers, d] and labels [P].
+    """
+    options = {"max_iterations": max_iterations, "generator": generator}
+    coarse = kmeans(points, math.isqrt(num_centers), **options)
+    inside, cells = nearest(points, coarse)[1], nearest(everything, coarse)[1]
+    shares = _shares(torch.bincount(inside, minlength=coarse.shape[0]), num_centers)
+    centers, labels, first = [], torch.empty_like(cells), 0
+    for cell, share in enumerate(shares):
+        members, labelled = points[inside == cell], torch.nonzero(cells == cell).flatten()
+        fine = kmeans(members, share, **options) if members.shape[0] else coarse[cell].repeat(share, 1)
+        centers.append(fine)
+        if labelled.numel():
+            labels[labelled] = nearest(everything[labelled], fine)[1] + first
+        first += share
+    return torch.cat(centers), labels
+
+
+def _shares(counts: Tensor, total: int) -> list[int]:
+    """Whole shares of ``total`` in proportion to the counts, at least one each."""
+    exact = counts.double() / counts.sum() * (total - counts.numel())
+    shares = exact.floor().long()
+    largest = torch.argsort(exact - shares, descending=True, stable=True)[: total - counts.numel() - int(shares.sum())]
+    shares[largest] += 1
+    return (shares + 1).tolist()
+
+
 def residual_kmeans(
     points: Tensor,
     num_codebooks: int,
@@ -71,8 +111,11 @@ def residual_kmeans(
         if max_points is not None and max_points < residual.shape[0]:
             chosen = torch.randperm(residual.shape[0], generator=generator)[:max_points]
             sample = residual[chosen.to(residual.device)]
-        centers = kmeans(sample, num_codewords, max_iterations=max_iterations, generator=generator)
-        _, labels = nearest(residual, centers)
+        if num_codewords > _LARGEST_FLAT:
+            centers, labels = tree_kmeans(sample, residual, num_codewords, max_iterations=max_iterations, generator=generator)
+        else:
+            centers = kmeans(sample, num_codewords, max_iterations=max_iterations, generator=generator)
+            labels = nearest(residual, centers)[1]
         residual -= centers[labels]
         codebooks.append(centers)
         codes.append(labels)

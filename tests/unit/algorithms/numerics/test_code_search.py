@@ -72,5 +72,6 @@ def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
     weight = random_codes(12, 16, num_codebooks=2, num_codewords=8)
     whole = [_search(weight, matrix, hessian, beam_size)[0].codes for beam_size in (1, 4)]
     monkeypatch.setattr("algorithms.numerics.code_search._MAX_SCORES", 8 * 16 * 5)
+    monkeypatch.setattr("algorithms.numerics.nearest._MAX_SCORES", 8 * 5)
     parts = [_search(weight, matrix, hessian, beam_size)[0].codes for beam_size in (1, 4)]
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from algorithms.numerics.kmeans import kmeans, nearest, residual_kmeans
+from algorithms.numerics.kmeans import kmeans, nearest, residual_kmeans, tree_kmeans
 
 
 def _generator():
@@ -62,3 +62,21 @@ def test_a_subset_trains_and_every_point_is_coded():
 def test_no_points_is_an_error():
     with pytest.raises(ValueError, match="at least one point"):
         kmeans(torch.zeros(0, 2), 4, max_iterations=1, generator=_generator())
+
+
+def test_two_levels_come_close_to_one_and_label_within_their_cell():
+    points = torch.randn(20000, 4, generator=_generator())
+    flat = kmeans(points, 1024, max_iterations=20, generator=_generator())
+    centers, labels = tree_kmeans(points, points, 1024, max_iterations=20, generator=_generator())
+    assert centers.shape == (1024, 4)
+    assert labels.max() == 1023
+    best = nearest(points, flat)[0].sum()
+    assert nearest(points, centers)[0].sum() < 1.1 * best
+    assert (points - centers[labels]).square().sum() < 1.2 * best
+
+
+def test_two_levels_with_fewer_points_than_centres_are_exact():
+    points = torch.randn(50, 3, generator=_generator())
+    centers, labels = tree_kmeans(points, points, 2048, max_iterations=20, generator=_generator())
+    assert centers.shape == (2048, 3)
+    torch.testing.assert_close(centers[labels], points)
