@@ -26,7 +26,8 @@ class TuningSettings:
     """How to tune a block.
 
     Sequences, not tokens, are counted by ``batch_size`` and ``micro_batch_size``. The learning rate warms up over five steps
-    and falls to zero along a cosine. ``early_stop`` epochs in a row without a better validation loss end the tuning.
+    and falls to zero along a cosine. ``early_stop`` epochs in a row without a better validation loss end the tuning. Every
+    ``log_every``-th epoch is logged.
     """
 
     max_epochs: int
@@ -36,6 +37,7 @@ class TuningSettings:
     early_stop: int | None = None
     keep_best: bool = True
     recompute: bool = False
+    log_every: int = 10
 
 
 @dataclass(kw_only=True)
@@ -86,6 +88,8 @@ def tune_block(
             break
         if has_validation:
             report.validation_losses.append(validation)
+        if (epoch + 1) % settings.log_every == 0:
+            logger.info("block %d, tuning epoch %d: training loss %.3g, validation %.3g", index, epoch + 1, loss, validation)
         if not has_validation or not settings.keep_best or validation < best_loss:
             best, best_loss, report.best_epoch = _snapshot(tensors), validation, epoch + 1
         elif settings.early_stop is not None and epoch + 1 - report.best_epoch >= settings.early_stop:
@@ -122,9 +126,9 @@ class _Examples:
         elements = sum(targets.batches[b][row].numel() for b, row in places)
         total = 0.0
         for micro in _equal_lengths(places, inputs.batches, self._settings.micro_batch_size):
-            hidden = torch.stack([inputs.batches[b][row] for b, row in micro]).to(inputs.device)
-            wanted = torch.stack([targets.batches[b][row] for b, row in micro]).to(inputs.device)
-            loss = F.mse_loss(self._run(hidden).float(), wanted.float(), reduction="sum") / elements
+            hidden = inputs.compute(torch.stack([inputs.batches[b][row] for b, row in micro]))
+            wanted = inputs.compute(torch.stack([targets.batches[b][row] for b, row in micro]))
+            loss = F.mse_loss(self._run(hidden).float(), wanted, reduction="sum") / elements
             loss.backward()
             total += loss.item()
         return total

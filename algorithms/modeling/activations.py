@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class BlockArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Hidden states of many sequences, in batches of equal length, kept on ``storage`` and computed on ``device``."""
+    """Hidden states of many sequences, in batches of equal length: kept on ``storage``, computed on ``device`` in float32."""
 
     batches: list[Tensor]
     arguments: BlockArguments
@@ -76,7 +76,11 @@ class Activations:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self.batches:
-            yield batch.to(self.device, non_blocking=True)
+            yield self.compute(batch)
+
+    def compute(self, batch: Tensor) -> Tensor:
+        """Kept hidden states as they enter a block: on the device, in float32."""
+        return batch.to(self.device, torch.float32, non_blocking=True)
 
     @property
     def num_sequences(self) -> int:
@@ -86,18 +90,21 @@ class Activations:
     @torch.no_grad()
     def through(self, block: nn.Module, index: int) -> Activations:
         """What block ``index`` makes of these hidden states."""
-        outputs = [self.arguments.run(block, index, batch).to(self.storage) for batch in self]
-        return Activations(batches=outputs, arguments=self.arguments, device=self.device, storage=self.storage)
+        outputs = [self._keep(self.arguments.run(block, index, batch), place) for place, batch in enumerate(self)]
+        return replace(self, batches=outputs)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the hidden states by what block ``index`` makes of them, batch by batch: no second copy is held."""
         with torch.no_grad():
             for place, batch in enumerate(self):
-                self.batches[place] = self.arguments.run(block, index, batch).to(self.storage)
+                self.batches[place] = self._keep(self.arguments.run(block, index, batch), place)
 
     def copy(self) -> Activations:
         """A second list over the same tensors, which ``advance`` on either leaves to the other."""
-        return Activations(batches=list(self.batches), arguments=self.arguments, device=self.device, storage=self.storage)
+        return replace(self, batches=list(self.batches))
+
+    def _keep(self, outputs: Tensor, place: int) -> Tensor:
+        return outputs.to(self.storage, self.batches[place].dtype)
 
 
 def batches_of_equal_length(sequences: Sequence[Tensor], batch_size: int) -> list[Tensor]:
@@ -124,9 +131,10 @@ def embed(
 ) -> list[Activations]:
     """The inputs of block 0 for several sets of token sequences [1, length], with the arguments of all blocks recorded.
 
-    The model around the blocks is loaded for this and released again; the blocks' weights are not touched.
+    Hidden states are kept in ``dtype``, on the CPU with ``offload``. The model around the blocks is loaded for this and released
+    again; the blocks' weights are not touched.
     """
-    model = source.load_outside(dtype=dtype, device=device)
+    model = source.load_outside(device=device)
     storage = torch.device("cpu") if offload else device
     calls: dict[int, Sequence[BlockCall]] = {}
     results = []
@@ -136,7 +144,7 @@ def embed(
             length = tokens.shape[1]
             if length not in calls:
                 calls[length] = _record_calls(model, source, tokens[:1].to(device))
-            batches.append(_first_input(model, source, tokens.to(device)).to(storage))
+            batches.append(_first_input(model, source, tokens.to(device)).to(storage, dtype))
         results.append(Activations(batches=batches, arguments=BlockArguments(calls), device=device, storage=storage))
     return results
 

@@ -44,6 +44,17 @@ class ModelSource:
         self.trust_remote_code = trust_remote_code
         self.attn_implementation = attn_implementation
 
+    def with_attention(self, attn_implementation: str | None) -> ModelSource:
+        """The same model, computed with another attention implementation; None leaves the choice as it is."""
+        if attn_implementation in (None, self.attn_implementation):
+            return self
+        return ModelSource(
+            self.directory,
+            name=self.name,
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""

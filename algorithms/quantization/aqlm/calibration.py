@@ -142,4 +142,5 @@ def tuning_settings(config: CalibrationConfig, *, sequence_length: int) -> Tunin
         early_stop=config.finetune_early_stop,
         keep_best=config.finetune_keep_best,
         recompute=config.use_checkpointing,
+        log_every=config.print_frequency,
     )

@@ -113,7 +113,7 @@ class CalibrationConfig(Parameters):
     finetune_keep_best: Flag = True
 
     # how it runs
-    dtype: LoadDtype = "auto"
+    dtype: LoadDtype = "auto"  # of the hidden states kept between blocks; auto is float32
     local_batch_size: OptionalCount = None  # null: micro-batches of about 2048 tokens
     offload_activations: Flag = True
     use_checkpointing: Flag = False
@@ -289,7 +289,7 @@ class ConversionConfig(Parameters):
     inert: ClassVar[Mapping[str, Inert]] = {
         "attn_implementation": Inert(None, "conversion runs no model"),
         "code_dtype": Inert("int32", "the format stores codes as int8 up to 8 bits a codebook, as int16 above"),
-        "load_dtype": Inert("auto", "weights that stay as they are keep the dtype of the model"),
+        "load_dtype": Inert("auto", "the format stores float16"),
         "trust_remote_code": TRUST,
         "base_model": SET_BY_JOB,
         "quantized_model": SET_BY_JOB,
@@ -311,6 +311,8 @@ class AqlmConfig(AlgorithmParameters):
     calibration_config: CalibrationConfig = Field(default_factory=CalibrationConfig)
     finetune_config: FinetuneConfig | None = Field(default_factory=FinetuneConfig)
     conversion_config: ConversionConfig = Field(default_factory=ConversionConfig)
+
+    inert: ClassVar[Mapping[str, Inert]] = {"dtype": Inert("float16", "the format stores float16")}
 
     @property
     def tunes(self) -> bool:

@@ -34,7 +34,8 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
     Leaves ``<block>.safetensors`` and ``<block>.json`` for every block, ``not_quantized_weights.safetensors``, the original
     config.json and tokenizer files, and calibration.json with the sizes of the codebooks and the report of every block.
     """
-    streams = _streams(context, config)
+    source = context.source.with_attention(config.attn_implementation)
+    streams = _streams(context, source, config)
     reports: list[Mapping[str, object]] = []
     with context.progress("AQLM calibration", context.source.num_blocks) as advance:
 
@@ -44,7 +45,7 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
             advance(_note(index, report))
 
         compress_blockwise(
-            context.source,
+            source,
             AqlmCompressor(config),
             streams,
             store=BlockStore(context.output_dir),
@@ -136,13 +137,14 @@ def codebook_sizes(config: CalibrationConfig) -> dict[str, int]:
     }
 
 
-def _streams(context: StageContext, config: CalibrationConfig) -> Streams:
+def _streams(context: StageContext, source: ModelSource, config: CalibrationConfig) -> Streams:
     training, validation = embed(
-        context.source,
+        source,
         (context.tokens, context.validation_tokens),
         batch_size=max(1, _TOKENS_PER_BATCH // config.sequence_length),
         device=context.device,
         offload=config.offload_activations,
+        dtype=torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype),
     )
     return Streams(
         training=training,

@@ -139,6 +139,18 @@ def test_a_killed_calibration_resumes_at_its_block_with_the_same_result(tmp_path
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"attn_implementation": "eager"}, {"use_checkpointing": True}])
+def test_what_saves_memory_costs_no_quality(tmp_path, changes):
+    source = ModelSource(save_family(tmp_path / "base", "llama"))
+    plain, other = (
+        _algorithm(max_epochs=1, **options).load(_run(_algorithm(max_epochs=1, **options), source, tmp_path / name)[0])
+        for name, options in (("plain", {}), ("other", changes))
+    )
+    base = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32))
+    errors = [(_logits(model) - base).std() for model in (plain, other)]
+    assert errors[1] < 1.1 * errors[0]
+
+
 def test_bits_count_codes_codebooks_and_scales(tmp_path):
     source = ModelSource(save_family(tmp_path / "base", "llama"))
     algorithm = _algorithm(finetune_max_epochs=0)
