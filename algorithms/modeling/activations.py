@@ -131,8 +131,8 @@ def embed(
 ) -> list[Activations]:
     """The inputs of block 0 for several sets of token sequences [1, length], with the arguments of all blocks recorded.
 
-    Hidden states are kept in ``dtype``, on the CPU with ``offload``. The model around the blocks is loaded for this and released
-    again; the blocks' weights are not touched.
+    Hidden states are kept in ``dtype``, on the CPU with ``offload``. The model around the blocks is loaded for this and then
+    released again; the blocks' weights are not touched.
     """
     model = source.load_outside(device=device)
     storage = torch.device("cpu") if offload else device

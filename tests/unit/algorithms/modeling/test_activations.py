@@ -54,3 +54,17 @@ def test_through_leaves_and_advance_replaces(tmp_path):
     activations.advance(block, 0)
     assert torch.equal(activations.batches[0], outputs.batches[0])
     assert torch.equal(twin.batches[0], before)
+
+
+def test_hidden_states_kept_in_half_precision_stay_close(tmp_path):
+    source = ModelSource(save_family(tmp_path / "m", "llama", blocks=3))
+    walks = []
+    for dtype in (torch.float32, torch.float16):
+        (activations,) = embed(
+            source, [token_sequences(2, 12)], batch_size=2, device=torch.device("cpu"), offload=True, dtype=dtype
+        )
+        for index in range(3):
+            activations.advance(source.load_block(index), index)
+        assert activations.batches[0].dtype == dtype
+        walks.append(activations.batches[0].float())
+    torch.testing.assert_close(walks[1], walks[0], atol=5e-3, rtol=5e-3)

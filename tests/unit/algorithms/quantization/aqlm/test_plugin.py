@@ -148,7 +148,8 @@ def test_what_saves_memory_costs_no_quality(tmp_path, changes):
     )
     base = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32))
     errors = [(_logits(model) - base).std() for model in (plain, other)]
-    assert errors[1] < 1.1 * errors[0]
+    # Another rounding leads the search to other codes, whose error differs by a tenth or two; a mistake would multiply it.
+    assert errors[1] < 1.5 * errors[0]
 
 
 def test_bits_count_codes_codebooks_and_scales(tmp_path):
