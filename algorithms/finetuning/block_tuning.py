@@ -90,9 +90,12 @@ def tune_block(
             report.validation_losses.append(validation)
         if (epoch + 1) % settings.log_every == 0:
             logger.info("block %d, tuning epoch %d: training loss %.3g, validation %.3g", index, epoch + 1, loss, validation)
-        if not has_validation or not settings.keep_best or validation < best_loss:
-            best, best_loss, report.best_epoch = _snapshot(tensors), validation, epoch + 1
-        elif settings.early_stop is not None and epoch + 1 - report.best_epoch >= settings.early_stop:
+        if not has_validation or validation < best_loss:
+            best_loss, report.best_epoch = validation, epoch + 1
+            best = _snapshot(tensors)
+        elif not settings.keep_best:
+            best = _snapshot(tensors)
+        if settings.early_stop is not None and epoch + 1 - report.best_epoch >= settings.early_stop:
             break
     _restore(tensors, best)
     return report

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from algorithms.modeling.source import ModelError
 from algorithms.numerics.additive import AdditiveCodes
 
 STORAGE = torch.float16
@@ -21,7 +22,7 @@ def pack(weight: AdditiveCodes, prefix: str) -> dict[str, Tensor]:
     """The tensors of one linear, named ``<prefix>.codes`` and so on.
 
     Raises:
-        ValueError: a codebook or scale that float16 cannot hold.
+        ModelError: a codebook or scale that float16 cannot hold.
     """
     bits = bits_per_codebook(weight)
     container = torch.int8 if bits <= 8 else torch.int16
@@ -87,11 +88,11 @@ def to_storage(tensor: Tensor, name: str) -> Tensor:
     """A floating tensor in float16, the format's only floating type.
 
     Raises:
-        ValueError: a value beyond float16's range.
+        ModelError: a value beyond float16's range.
     """
     stored = tensor.to(STORAGE)
     if not torch.isfinite(stored).all():
-        raise ValueError(
+        raise ModelError(
             f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, which the AQLM format stores"
         )
     return stored

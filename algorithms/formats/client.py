@@ -27,23 +27,21 @@ def missing_package(client_format: str, directory: Path) -> str | None:
 
         needed.append("aqlm")
         settings = AutoConfig.from_pretrained(directory).quantization_config
-        if settings["nbits_per_codebook"] == 8 and not torch.cuda.is_available():
+        if settings["nbits_per_codebook"] == 8:
             needed.append("numba")  # the CPU kernel for 256 codewords; other sizes are decoded by torch
     return next((name for name in needed if importlib.util.find_spec(name) is None), None)
 
 
 @torch.no_grad()
 def record(directory: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits and greedy continuations of token rows [n, length], by stock transformers in float32."""
+    """Logits and greedy continuations of token rows [n, length], by stock transformers in float32 on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model = model.to(device).eval()
-    rows = tokens.to(device)
-    logits = model(input_ids=rows, use_cache=False).logits.float()
-    greedy = greedy_continuation(model, rows)
-    return {"logits": logits.cpu().contiguous(), "greedy": greedy.cpu().contiguous()}
+    model = model.eval()
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    greedy = greedy_continuation(model, tokens)
+    return {"logits": logits.contiguous(), "greedy": greedy.contiguous()}
 
 
 @torch.no_grad()

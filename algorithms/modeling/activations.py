@@ -104,7 +104,12 @@ class Activations:
         return replace(self, batches=list(self.batches))
 
     def _keep(self, outputs: Tensor, place: int) -> Tensor:
-        return outputs.to(self.storage, self.batches[place].dtype)
+        dtype = self.batches[place].dtype
+        if dtype == torch.float16:
+            # Some models carry a few hidden states beyond 65504; saturated they cost little, as infinities everything.
+            limit = torch.finfo(dtype).max
+            outputs = outputs.clamp(-limit, limit)
+        return outputs.to(self.storage, dtype)
 
 
 def batches_of_equal_length(sequences: Sequence[Tensor], batch_size: int) -> list[Tensor]:

@@ -59,7 +59,7 @@ class Streams:
     """Hidden states before the current block: of the compressed prefix and, where ``reference`` is set, of the original model.
 
     With a reference, layers and blocks are asked for what the original model computes, and so undo the error they are handed.
-    Without, for what they would have made of the compressed prefix, at half the memory.
+    Without, for what they would have made of the compressed prefix. Either way two sets of hidden states are held.
     """
 
     training: Activations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +26,14 @@ from transformers import (
 from algorithms.modeling.architecture import ModelArchitecture, architecture_for
 from algorithms.modeling.files import file_digest, fingerprint
 
+logger = logging.getLogger(__name__)
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used as it is; the message says what is wrong with which file."""
 
 
 class ModelSource:
@@ -65,7 +72,7 @@ class ModelSource:
         """The row of the architecture table that describes this model.
 
         Raises:
-            ValueError: a family that the table does not know.
+            ModelError: a family that the table does not know.
         """
         return architecture_for(self.config.model_type)
 
@@ -84,19 +91,19 @@ class ModelSource:
         """Tensor name -> name of the safetensors file that holds it.
 
         Raises:
-            ValueError: no safetensors weights, an index that names a missing shard, or an unreadable file.
+            ModelError: no safetensors weights, an index that names a missing shard, or an unreadable file.
         """
         index = self.directory / _INDEX
         if index.is_file():
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             missing = sorted({name for name in files.values() if not (self.directory / name).is_file()})
             if missing:
-                raise ValueError(
+                raise ModelError(
                     f"MODEL: {index} names shards that are not there: {', '.join(missing[:5])}. Fetch the model again."
                 )
             return files
         if not (self.directory / _SINGLE).is_file():
-            raise ValueError(f"MODEL: {self.directory} holds neither {_SINGLE} nor {_INDEX}.")
+            raise ModelError(f"MODEL: {self.directory} holds neither {_SINGLE} nor {_INDEX}.")
         with safe_open(self.directory / _SINGLE, framework="pt") as handle:
             return dict.fromkeys(handle.keys(), _SINGLE)
 
@@ -131,12 +138,12 @@ class ModelSource:
         """Read tensors by name, each detached from the file's memory map; floating ones in ``dtype`` if that is given.
 
         Raises:
-            ValueError: a name that no weight file holds.
+            ModelError: a name that no weight file holds.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
             if name not in self.weight_files:
-                raise ValueError(
+                raise ModelError(
                     f"MODEL: {self.directory} has no tensor {name!r}; its weight files do not match its config.json."
                 )
             by_file.setdefault(self.weight_files[name], []).append(name)
@@ -173,15 +180,23 @@ class ModelSource:
         """One block with its weights, in evaluation mode, without gradients.
 
         Raises:
-            ValueError: a weight of the block is missing or holds NaN or infinity.
+            ModelError: a weight of the block is missing or holds NaN or infinity.
         """
         block = copy.deepcopy(self._template.get_submodule(f"{self.architecture.blocks}.{index}"))
         self._fill(block, self.block_prefix(index), dtype)
         return block.to(device).eval().requires_grad_(False)
 
     def outside_names(self) -> tuple[str, ...]:
-        """Names of every stored tensor that belongs to no block: embeddings, final norm, an untied head."""
-        return tuple(sorted(name for name in self.weight_files if not name.startswith(f"{self.architecture.blocks}.")))
+        """Names of the model's stored tensors that belong to no block: embeddings, final norm, an untied head.
+
+        Stored tensors that the model has no place for are left out with a warning.
+        """
+        outside = sorted(name for name in self.weight_files if not name.startswith(f"{self.architecture.blocks}."))
+        known = self._template.state_dict().keys()
+        unknown = [name for name in outside if name not in known]
+        if unknown:
+            logger.warning("%s: left out, since the model has no such tensor: %s", self.directory, ", ".join(unknown[:5]))
+        return tuple(name for name in outside if name in known)
 
     def raw_config(self) -> dict[str, object]:
         """config.json as it stands on disk."""
@@ -194,14 +209,14 @@ class ModelSource:
             state: every parameter by name; a tied head may be left out.
 
         Raises:
-            ValueError: missing or unknown names.
+            ModelError: missing or unknown names.
         """
         model = self.skeleton()
         missing, unknown = model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         absent = sorted({name for name, parameter in model.named_parameters() if parameter.is_meta} & set(missing))
         if absent or unknown:
-            raise ValueError(f"{self.directory}: weights do not fit the model (missing {absent[:3]}, unknown {unknown[:3]})")
+            raise ModelError(f"{self.directory}: weights do not fit the model (missing {absent[:3]}, unknown {unknown[:3]})")
         return model.eval().requires_grad_(False)
 
     def load_outside(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
@@ -234,5 +249,5 @@ class ModelSource:
         state = {name.removeprefix(stored): tensor for name, tensor in self.tensors(names, dtype).items()}
         for name, tensor in state.items():
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"MODEL: {prefix}{name} in {self.directory} holds NaN or infinity; the checkpoint is damaged.")
+                raise ModelError(f"MODEL: {prefix}{name} in {self.directory} holds NaN or infinity; the checkpoint is damaged.")
         module.load_state_dict(state, strict=False, assign=True)

@@ -60,7 +60,7 @@ def fit_additive(matrix: Tensor, hessian: Tensor, settings: AdditiveSettings, ge
         ValueError: a Hessian with NaN or infinity.
     """
     if not torch.isfinite(hessian).all():
-        raise ValueError("the Hessian of this layer holds NaN or infinity; compute the calibration in a wider dtype")
+        raise ValueError("the Hessian of this layer holds NaN or infinity: its inputs are too large for float32")
     weight = initial_codes(matrix, settings, generator)
     problem = _Problem(matrix, hessian, settings, generator)
     error = (matrix - weight.dequantize()) @ hessian

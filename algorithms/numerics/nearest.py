@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _MAX_SCORES = 1 << 18
+_MAX_SCORES_ON_DEVICE = 1 << 26
 # A minimum without its index is reduced with vector instructions, one with its index is not: ten times slower. So the minima of
 # blocks come first, and the index is looked for in the winning block alone.
 _BLOCK = 64
@@ -25,7 +26,8 @@ def lowest_score(targets: Tensor, codewords: Tensor, offsets: Tensor) -> tuple[T
     Returns:
         Lowest scores [N] and indices [N].
     """
-    count, rows = targets.shape[0], max(1, _MAX_SCORES // codewords.shape[0])
+    limit = _MAX_SCORES if targets.device.type == "cpu" else _MAX_SCORES_ON_DEVICE
+    count, rows = targets.shape[0], max(1, limit // codewords.shape[0])
     transposed = codewords.T.contiguous()
     scores = targets.new_empty(min(rows, count), codewords.shape[0])
     lowest = targets.new_empty(count)

@@ -21,6 +21,7 @@ class InputStatistics:
     def __init__(self, in_features: int, device: torch.device | str = "cpu", *, paired: bool = False) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._cross = torch.zeros_like(self._sum) if paired else None
+        self._factor: Tensor | None = None  # of the damped sum, for all linears that share this input
         self.num_tokens = 0
         self.num_skipped = 0
 
@@ -60,7 +61,7 @@ class InputStatistics:
         if self.num_tokens == 0:
             raise ValueError(
                 f"no finite activations reached this layer ({self.num_skipped} tokens were infinite or NaN): "
-                "the model overflows on the calibration text; try dtype: float32."
+                "the model overflows on the calibration text in float32; look at its weights."
             )
         return (self._sum / self.num_tokens).float()
 
@@ -75,13 +76,16 @@ class InputStatistics:
         """
         if self._cross is None or self.num_tokens == 0:
             return matrix
-        size = self._sum.shape[0]
-        damped = self._sum + _RIDGE * self._sum.diagonal().mean() * torch.eye(size, dtype=torch.float64, device=matrix.device)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            return matrix
-        drift = (matrix.double() @ (self._cross - self._sum)).T
-        return matrix + torch.cholesky_solve(drift, factor).T.to(matrix.dtype)
+        if self._factor is None:
+            damped = self._sum.clone()
+            damped.diagonal().add_(_RIDGE * self._sum.diagonal().mean())
+            self._factor, failed = torch.linalg.cholesky_ex(damped)
+            if failed:
+                self._factor = torch.eye(self._sum.shape[0], dtype=torch.float64, device=matrix.device)
+                self._cross = self._sum.clone()  # no correction can be computed: none is made
+        wide = matrix.double()
+        drift = (wide @ self._cross).sub_(wide @ self._sum).T
+        return matrix + torch.cholesky_solve(drift, self._factor).T.to(matrix.dtype)
 
 
 def _rows(inputs: Tensor) -> Tensor:

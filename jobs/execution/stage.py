@@ -18,7 +18,8 @@ import torch
 
 from algorithms.base import Artifact, CompressionAlgorithm, Process, StageContext, StageSpec
 from algorithms.modeling.files import atomic_write_json
-from algorithms.modeling.source import ModelSource
+from algorithms.modeling.source import ModelError, ModelSource
+from configs.errors import DataError
 from configs.recipe import Recipe
 from jobs.execution.collaborators import Collaborators, Tokens
 from jobs.execution.resources import Meter, Usage
@@ -82,10 +83,17 @@ def run_stage(job: Job, planned: PlannedStage, given: Artifact) -> Artifact:
     logger.info("Stage %s: %s", spec.name, "resumes" if resumed else "starts")
     try:
         with _Attempt(job.manifest, spec.name, record) as attempt:
-            spec.run(_context(job, spec, tokens, output, scratch, attempt), given)
+            _run(spec, _context(job, spec, tokens, output, scratch, attempt), given)
     finally:
         remove_folder(scratch)
     return _finish(job, planned, attempt.closed(Status.FINISHED), output)
+
+
+def _run(spec: StageSpec, context: StageContext, given: Artifact) -> None:
+    try:
+        spec.run(context, given)
+    except ModelError as error:
+        raise DataError(str(error)) from error
 
 
 def _finish(job: Job, planned: PlannedStage, record: StageRecord, output: Path) -> Artifact:

@@ -141,6 +141,7 @@ def _run_client(arguments: Sequence[str], log: Path) -> tuple[Verdict, str] | No
     environment = {
         **os.environ,
         "NUMBA_NUM_THREADS": "1",  # the aqlm package's numba kernel races with more
+        "CUDA_VISIBLE_DEVICES": "",  # its CUDA kernels take half precision alone and are compiled at the first forward
         # Threads that wait by spinning made small products 100 times slower on a 2-core machine with another busy process.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "HF_HUB_OFFLINE": "1",

@@ -106,7 +106,7 @@ def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "dtype = torch.float16 if torch.cuda.is_available() else torch.float32",
         'model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")',
-        'prompt = tokenizer("Question: ", return_tensors="pt").to(model.device)',
+        'prompt = tokenizer("Question: How many", return_tensors="pt").to(model.device)',
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
         "```",
     ]

@@ -196,7 +196,7 @@ def _readable_errors(location: TextLocation) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError, HTTPError) as error:
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         if location.kind != "hub":
             raise DataError(

@@ -53,6 +53,8 @@ class Aqlm(CompressionAlgorithm):
         """Calibration and conversion, with the settings that shape each."""
         config = self._calibration
         settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _NOT_SHAPING}
+        if config.targets == "original":
+            settings.pop("true_sequential")  # implied
         return (
             StageSpec(
                 name="calibration",

@@ -111,7 +111,8 @@ class AqlmCompressor:
         rates = []
         for parameter in block.parameters():
             step = _CODEBOOK_STEP if id(parameter) in codebooks else _OTHER_STEP
-            rates.append((parameter, given or step * parameter.detach().square().mean().sqrt().item()))
+            size = parameter.detach().square().mean().sqrt().item()
+            rates.append((parameter, given or step * (size or 1.0)))  # a bias that starts at zero has no size of its own
         return rates
 
 

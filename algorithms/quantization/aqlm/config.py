@@ -47,7 +47,7 @@ ONE_GROUP = "1: it takes effect below 16 bits a codebook value, which no client 
 ONE_SETTING = "false: the AQLM format has one num_codebooks for the whole model"
 USE_CUDA_ID = "null: the devices of a job are CUDA_ID at the top of the recipe"
 NO_PICKLE = "false: pickled modules are never read; models and tensors are safetensors"
-NO_WANDB = "false: the job writes metrics.jsonl and report.html instead"
+NO_WANDB = "false: the job writes its figures to metrics.jsonl"
 NO_CODE = "null: code from a recipe is never run"
 
 TRUST = Inert(False, "only TRUST_REMOTE_CODE at the top of the recipe counts")
@@ -327,6 +327,9 @@ class AqlmConfig(AlgorithmParameters):
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
         """The lines of the keys without effect, and one for tuning that a run would refuse."""
         lines = super().warnings(prefix)
+        if self.calibration_config.true_sequential and self.calibration_config.targets == "original":
+            key = f"{prefix}calibration_config.true_sequential"
+            lines = (*lines, f"{key} has no effect: targets: original implies it; it counts with targets: compressed_prefix")
         if not self.tunes:
             return lines
         return (*lines, f"{prefix}finetune_config asks for PV-tuning, which this version does not have: null leaves it out")

@@ -35,6 +35,7 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
     config.json and tokenizer files, and calibration.json with the sizes of the codebooks and the report of every block.
     """
     source = context.source.with_attention(config.attn_implementation)
+    _write_outside(source, context.output_dir)
     streams = _streams(context, source, config)
     reports: list[Mapping[str, object]] = []
     with context.progress("AQLM calibration", context.source.num_blocks) as advance:
@@ -52,7 +53,6 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
             sequential=config.true_sequential,
             on_block=_on_block,
         )
-    _write_outside(context.source, context.output_dir)
     atomic_write_json(context.output_dir / "calibration.json", {**codebook_sizes(config), "blocks": reports})
     return Artifact(kind=CALIBRATED, directory=context.output_dir, digest=folder_digest(context.output_dir))
 
