@@ -62,6 +62,9 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None) -> JobR
     parts = parts or Collaborators()
     if loaded.parameters.evaluate_only:
         return evaluate_only(loaded, parts=parts)
+    refusal = loaded.parameters.refusal(loaded.recipe.stages)
+    if refusal is not None:  # before a model is fetched for nothing
+        raise DataError(refusal)
     with _opened(loaded, parts) as (materials, job), _Run(job, loaded, materials.run):
         texts = _texts(job)
         plan = materials.verified_plan(job.manifest.current)

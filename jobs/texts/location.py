@@ -198,11 +198,16 @@ def _hidden(file: Path, folder: Path) -> bool:
 
 
 def _by_split(files: Sequence[Path], folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Files by the split that their names or folders say (train, test, valid...); by none if no file says one."""
+    """Files by the split that their names say (train.jsonl, test-00000-of-00002.parquet, validation/a.txt).
+
+    A split has to be the whole name, but for a shard's number: ``gsm8k_train.jsonl`` and ``wikitext2_valid.jsonl`` side by side
+    are two texts, not two splits of one. Files that say no split belong to all of them, or to train beside files that do.
+    """
     found: dict[str, list[Path]] = {}
     for file in files:
-        words = re.split(r"[-_./ ]+", file.relative_to(folder).as_posix().casefold())
-        found.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), ""), []).append(file)
+        parts = [part.casefold() for part in file.relative_to(folder).with_suffix("").parts]
+        names = [re.sub(r"[-_.]\d+([-_.]of[-_.]\d+)?$", "", part) for part in parts]
+        found.setdefault(next((SPLIT_WORDS[name] for name in names if name in SPLIT_WORDS), ""), []).append(file)
     if set(found) != {""} and "" in found:
         found.setdefault("train", []).extend(found.pop(""))
     return {split: tuple(paths) for split, paths in found.items()}

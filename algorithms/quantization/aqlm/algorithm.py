@@ -33,19 +33,13 @@ class Aqlm(CompressionAlgorithm):
     def __init__(self, config: AqlmConfig, exports: Sequence[str] = ()) -> None:
         super().__init__(config, exports)
         self._calibration = config.calibration_config
-        self._tunes = config.tunes
 
     def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
-        """Refuse PV-tuning, which is not there yet, and groups that do not divide the model's matrices.
+        """Refuse groups that do not divide the model's matrices.
 
         Raises:
             ValueError: what is wrong, and which key to change.
         """
-        if self._tunes and "finetune" in stages:
-            raise ValueError(
-                "llm.AQLM.finetune_config asks for PV-tuning, which this version does not have. Leave it out with "
-                "llm.AQLM.finetune_config=null, or calibrate now with STAGES=[calibration] and tune the result later."
-            )
         if "calibration" in stages:
             check_shapes(source, in_group=self._calibration.in_group_size, out_group=self._calibration.out_group_size)
 

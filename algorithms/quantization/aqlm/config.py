@@ -6,7 +6,7 @@ the spellings of AQLM and nyuntam; ``configs.strict`` describes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -332,7 +332,16 @@ class AqlmConfig(AlgorithmParameters):
             lines = (*lines, f"{key} has no effect: targets: original implies it; it counts with targets: compressed_prefix")
         if not self.tunes:
             return lines
-        return (*lines, f"{prefix}finetune_config asks for PV-tuning, which this version does not have: null leaves it out")
+        return (*lines, f"{prefix}finetune_config asks for PV-tuning, which this version does not have: a run is refused until it is null")
+
+    def refusal(self, stages: Sequence[str] | None) -> str | None:
+        """PV-tuning is checked but not there yet."""
+        if not self.tunes or (stages is not None and "finetune" not in stages):
+            return None
+        return (
+            "llm.AQLM.finetune_config asks for PV-tuning, which this version does not have. Leave it out with "
+            "llm.AQLM.finetune_config=null, or calibrate now with STAGES=[calibration] and tune the result later."
+        )
 
     def memory_remedies(self) -> tuple[str, ...]:
         """Overrides that need less memory, those that leave the result as it is first."""

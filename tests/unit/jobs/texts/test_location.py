@@ -98,14 +98,22 @@ def test_corpora_by_split(tmp_path):
 def test_files_of_a_folder_go_to_the_split_that_their_name_says(tmp_path):
     folder = tmp_path / "test_folder"
     folder.mkdir()
-    for name in ("train.jsonl", "gsm-test.jsonl", "my.valid.jsonl", "more.jsonl", "LICENSE", "README.txt"):
+    (folder / "dev").mkdir()
+    for name in ("train.jsonl", "test-00000-of-00001.jsonl", "dev/my.jsonl", "gsm8k_valid.jsonl", "LICENSE", "README.txt"):
         (folder / name).write_text("{}")
     files = locate_path(folder, "DATA_PATH").files
     assert {split: sorted(path.name for path in paths) for split, paths in files.items()} == {
-        "train": ["more.jsonl", "train.jsonl"],
-        "test": ["gsm-test.jsonl"],
-        "validation": ["my.valid.jsonl"],
+        "train": ["gsm8k_valid.jsonl", "train.jsonl"],
+        "test": ["test-00000-of-00001.jsonl"],
+        "validation": ["my.jsonl"],
     }
+
+
+def test_texts_whose_names_merely_mention_a_split_are_all_read(tmp_path):
+    for name in ("gsm8k_train.jsonl", "wikitext2_valid.jsonl"):
+        (tmp_path / name).write_text("{}")
+    files = locate_path(tmp_path, "DATA_PATH").files
+    assert {split: len(paths) for split, paths in files.items()} == {"": 2}
 
 
 def test_files_that_say_no_split_belong_to_all(tmp_path):

@@ -175,13 +175,12 @@ def test_groups_that_do_not_divide_are_all_named(tmp_path):
         _algorithm(in_group_size=5).preflight(source, ["calibration", "conversion"])
 
 
-def test_tuning_that_is_not_there_is_refused_only_where_it_would_run(tmp_path):
-    source = ModelSource(save_family(tmp_path / "base", "llama"))
-    tuning = Aqlm(AqlmConfig.model_validate({"calibration_config": CALIBRATION}))
-    with pytest.raises(ValueError, match="finetune_config=null"):
-        tuning.preflight(source, ["calibration", "finetune", "conversion"])
-    tuning.preflight(source, ["calibration"])
-    _algorithm().preflight(source, ["calibration", "finetune", "conversion"])
+def test_tuning_that_is_not_there_is_refused_only_where_it_would_run():
+    tuning = AqlmConfig.model_validate({"calibration_config": CALIBRATION})
+    assert "finetune_config=null" in tuning.refusal(None)
+    assert "finetune_config=null" in tuning.refusal(("calibration", "finetune"))
+    assert tuning.refusal(("calibration",)) is None
+    assert AqlmConfig.model_validate({"calibration_config": CALIBRATION, "finetune_config": None}).refusal(None) is None
 
 
 def test_keys_that_cannot_change_the_result_stay_out_of_the_settings():
