@@ -29,8 +29,8 @@ Model = TypeVar("Model", bound=BaseModel)
 class LoadedRecipe:
     """A recipe that holds: the envelope, the algorithm's parameters, and what they were read from.
 
-    ``resolved`` is the recipe as written, overrides and references applied; ``warnings`` has one line for each key that
-    changes nothing.
+    ``resolved`` is the recipe as written, overrides and references applied; ``overrides`` are those of the command line, as
+    typed; ``warnings`` has one line for each key that changes nothing.
     """
 
     recipe: Recipe
@@ -38,6 +38,7 @@ class LoadedRecipe:
     resolved: dict[str, object]
     file: Path
     warnings: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: ConfigOf, as_json: bool = False) -> LoadedRecipe:
@@ -66,7 +67,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: Con
         raise RecipeError(sorted(document.problems, key=lambda problem: (problem.file == COMMAND_LINE, problem.line or 0)))
     own = parameters.warnings(f"{BLOCK}.{algorithm.key}.")
     warnings = (*legacy_warnings(values, recipe), *algorithm.warnings(), *own)
-    return LoadedRecipe(recipe=recipe, parameters=parameters, resolved=values, file=path, warnings=warnings)
+    return LoadedRecipe(
+        recipe=recipe, parameters=parameters, resolved=values, file=path, warnings=warnings, overrides=tuple(overrides)
+    )
 
 
 class _Algorithm:

@@ -24,6 +24,12 @@ class Status(StrEnum):
     FINISHED = "finished"
     FAILED = "failed"
     INTERRUPTED = "interrupted"
+    CERTIFICATE_FAILED = "certificate failed"  # said of a run: its stages are finished, but a client reads a format differently
+
+    @property
+    def is_end(self) -> bool:
+        """Whether a run that ended so has nothing left to go on with."""
+        return self in (Status.FINISHED, Status.CERTIFICATE_FAILED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +126,9 @@ class ManifestFile:
         self.update(run=replace(self._run, redone=(*self._run.redone, name)))
 
     def close_run(self, status: Status) -> None:
-        """Write how the run in progress ended."""
+        """Write how the run in progress ended. The first end counts: a verdict outlives the end of the work."""
+        if self._run.finished is not None:
+            return
         self.update(run=replace(self._run, status=status, finished=now()))
 
     @property
@@ -144,8 +152,8 @@ def read_manifest(path: Path) -> Manifest:
         return _manifest(raw)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f"{path} cannot be read as a manifest: {error}. Choose another JOB_ID, or move that file away: "
-            "every stage of the job then runs again."
+            f"{path} cannot be read as a manifest: {error}. Choose another JOB_ID, or move the whole folder "
+            f"{path.parent} away: every stage of the job then runs again."
         ) from error
 
 

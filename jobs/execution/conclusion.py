@@ -19,7 +19,7 @@ from jobs import evaluation
 from jobs.evaluation import CorpusFigures, Texts
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
-from jobs.manifest import Publication, now
+from jobs.manifest import Publication, Status, now
 from jobs.planning import Plan
 from jobs.reporting.certificate import (
     NUM_WINDOWS,
@@ -108,6 +108,7 @@ def conclude(outcome: Outcome) -> Summary:
     if outcome.formats and figures:
         _write_card(outcome, summary)
     if failed:
+        job.manifest.close_run(Status.CERTIFICATE_FAILED)
         raise CertificateError(_failure(job, failed))
     if outcome.formats and not outcome.keep_intermediate:
         remove_folder(job.workspace.tmp_dir)
@@ -119,6 +120,7 @@ def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
     if earlier is not None:
         found = [FormatCertificate(**{**entry, "verdict": Verdict(entry["verdict"])}) for entry in earlier["formats"]]
         if all(c.verdict is Verdict.PASSED for c in found) and tuple(c.format for c in found) == outcome.formats:
+            _restore(job.workspace.certificate_path, earlier)
             return tuple(found)
     folders = {name: outcome.artifact.directory / format_folder(name, outcome.formats) for name in outcome.formats}
     sequences = _certificate_text(outcome)
@@ -140,6 +142,17 @@ def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
     atomic_write_json(job.workspace.certificate_path, record)
     job.manifest.update(certificate=record)
     return certificates
+
+
+def _restore(path: Path, record: Mapping[str, Any]) -> None:
+    """Write certificate.json again where it does not say what the manifest knows."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        written = None
+    if written != record:
+        logger.info("%s was missing or damaged; written again from the manifest", path)
+        atomic_write_json(path, record)
 
 
 def _certificate_text(outcome: Outcome) -> Sequence[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -154,8 +155,10 @@ def recipe_digest(loaded: LoadedRecipe) -> str:
 
 
 def resume_command(loaded: LoadedRecipe) -> str:
-    """The command that runs the same recipe."""
-    return f"python main.py --{'json' if loaded.file.suffix == '.json' else 'yaml'}_path {loaded.file}"
+    """The command that runs the same recipe with the same overrides, but for STAGES: the caller names the stages."""
+    kept = [override for override in loaded.overrides if not override.startswith("STAGES=")]
+    option = f"--{'json' if loaded.file.suffix == '.json' else 'yaml'}_path"
+    return shlex.join(["python", "main.py", option, str(loaded.file), *kept])
 
 
 def describe_data(recipe: Recipe) -> str:
@@ -180,6 +183,6 @@ def versions() -> dict[str, object]:
 def _this_run(manifest: Manifest, digest: str) -> RunRecord:
     """A new run, or the last one again where that was stopped on the way through the same recipe."""
     last = manifest.run
-    if last is not None and last.status is not Status.FINISHED and manifest.recipe_digest == digest:
+    if last is not None and not last.status.is_end and manifest.recipe_digest == digest:
         return replace(last, status=Status.RUNNING, finished=None)
     return RunRecord(id=uuid4().hex[:12], status=Status.RUNNING, started=now())

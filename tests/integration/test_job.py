@@ -1,19 +1,23 @@
 """The job, end to end, on an algorithm that needs no model: order, reuse, resume, publication, exit."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from configs.errors import CertificateError, DataError
+from jobs.command_line.listing import list_jobs
 from jobs.results.artifacts import describe_folder
+from jobs.runner import run_job
 from jobs.workspace import JobLockedError
-from tests.support.fake_job import job_dir, journal, manifest, parts, run
+from tests.support.fake_job import job_dir, journal, manifest, parts, recipe, run
 
 ALL = ["calibration 0", "calibration 1", "calibration 2", "conversion"]
 EVALUATED = {"EVALUATION": {"perplexity": ["wikitext2"], "sequence_length": 10}}
@@ -108,6 +112,14 @@ def test_a_stage_that_is_needed_but_not_selected_is_named_with_the_command(tmp_p
     with pytest.raises(DataError, match=r"stage 'calibration' is needed.*STAGES=\[calibration,conversion\]"):
         run(tmp_path, envelope={"STAGES": ["conversion"]})
     assert journal(tmp_path) == []
+
+
+def test_the_command_for_a_missing_stage_keeps_what_the_user_typed(tmp_path):
+    typed = ("JOB_ID=rn", "STAGES=[conversion]", "TEXT_COLUMN=a b")
+    loaded = replace(recipe(tmp_path, envelope={"STAGES": ["conversion"]}), overrides=typed)
+    command = "python main.py --yaml_path recipe.yaml JOB_ID=rn 'TEXT_COLUMN=a b' STAGES=[calibration,conversion]"
+    with pytest.raises(DataError, match=re.escape(f"Run it too: {command}")):
+        run_job(loaded, parts=parts(tmp_path))
 
 
 def test_a_damaged_result_is_named_and_made_again_with_what_follows(tmp_path, caplog):
@@ -267,7 +279,9 @@ def test_certificate_failure_ends_the_job_after_everything_else_is_written(tmp_p
     with pytest.raises(CertificateError, match=r"dense: largest logit difference"):
         run(tmp_path, behaviour="wrong", save_intermediate_results=False, envelope=EVALUATED)
     found = manifest(tmp_path)
-    assert found["run"]["status"] == "finished"
+    assert found["run"]["status"] == "certificate failed"
+    assert {stage["status"] for stage in found["stages"].values()} == {"finished"}
+    assert [job.status for job in list_jobs(tmp_path / "user_data")] == ["certificate failed"]
     assert found["evaluation"]["figures"]
     assert json.loads((job_dir(tmp_path) / "certificate.json").read_text())["formats"][0]["verdict"] == "failed"
     assert (job_dir(tmp_path) / "model.safetensors").is_file()
@@ -276,7 +290,31 @@ def test_certificate_failure_ends_the_job_after_everything_else_is_written(tmp_p
     journal(tmp_path)
     run(tmp_path, behaviour="pass", envelope=EVALUATED)
     assert journal(tmp_path) == [], "only the certificate is asked again"
+    assert manifest(tmp_path)["run"]["status"] == "finished"
+    assert manifest(tmp_path)["run"]["id"] != found["run"]["id"], "a verdict is an end: the next run is a new one"
     assert (job_dir(tmp_path) / "config.json").is_file()
+
+
+@pytest.mark.parametrize("damage", [None, "{", "{}"])
+def test_a_lost_certificate_is_written_again(tmp_path, damage):
+    run(tmp_path)
+    path = job_dir(tmp_path) / "certificate.json"
+    before = path.read_text()
+    path.unlink() if damage is None else path.write_text(damage)
+    run(tmp_path, behaviour="crash")  # the client is not asked: the manifest holds its verdict
+    assert path.read_text() == before
+
+
+def test_what_is_said_about_an_unreadable_manifest_works(tmp_path):
+    run(tmp_path)
+    (job_dir(tmp_path) / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="move the whole folder") as caught:
+        run(tmp_path)
+    assert f"{job_dir(tmp_path)} away" in str(caught.value)
+    job_dir(tmp_path).rename(tmp_path / "away")
+    journal(tmp_path)
+    run(tmp_path)
+    assert journal(tmp_path) == ALL
 
 
 def test_the_certificate_needs_neither_evaluation_nor_calibration_text(tmp_path):

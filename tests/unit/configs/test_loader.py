@@ -79,6 +79,7 @@ def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path):
     assert (loaded.recipe.stages, loaded.recipe.job_id) == (("calibration",), "007")
     assert loaded.recipe.evaluation.corpora == ("wikitext2",)
     assert loaded.resolved["llm"]["AQLM"]["calibration_config"]["nsamples"] == 32
+    assert loaded.overrides[:2] == ("llm.AQLM.calibration_config.nsamples=16", "llm.AQLM.calibration_config.nsamples=32")
 
 
 def test_a_wrong_override_is_named_as_typed(tmp_path):
