@@ -207,7 +207,7 @@ def _walk_back(chain: Sequence[_Link], selection: Selection) -> tuple[PlannedSta
     for index in range(len(chain) - 1, -1, -1):
         link = chain[index]
         if index > goal:
-            planned.append(_planned(link, Action.SKIP, "not among STAGES"))
+            planned.append(_planned(link, Action.SKIP, "not among STAGES", counts=False))
         elif not needed:
             planned.append(_planned(link, Action.REUSE if link.usable else Action.SKIP, _idle_reason(link)))
         elif link.usable:
@@ -220,9 +220,10 @@ def _walk_back(chain: Sequence[_Link], selection: Selection) -> tuple[PlannedSta
     return tuple(reversed(planned))
 
 
-def _planned(link: _Link, action: Action, reason: str) -> PlannedStage:
+def _planned(link: _Link, action: Action, reason: str, *, counts: bool = True) -> PlannedStage:
+    """A line of the plan. A stage that ``counts`` is in the result, also where its own artifact has been deleted since."""
     spec, warning = link.inputs.spec, None
-    if link.record is not None and link.other_data and action is Action.REUSE:
+    if link.record is not None and link.other_data and counts and action is not Action.RUN:
         warning = (
             f"Stage {spec.name!r} was made from other data ({link.record.data}) and is reused as it is; "
             f"later stages use the recipe's data. To make it again from that: overwrite: [{spec.name}]."

@@ -19,8 +19,8 @@ from jobs import evaluation
 from jobs.evaluation import CorpusFigures, Texts
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
-from jobs.manifest import Publication, Status, now
-from jobs.planning import Plan
+from jobs.manifest import Publication, StageRecord, Status, now
+from jobs.planning import Plan, PlannedStage
 from jobs.reporting.certificate import (
     NUM_WINDOWS,
     WINDOW_LENGTH,
@@ -98,6 +98,7 @@ def conclude(outcome: Outcome) -> Summary:
             config.json of that format, and nothing has been deleted.
     """
     job = outcome.job
+    job.manifest.update(warnings=(*job.manifest.current.warnings, *outcome.plan.warnings))
     certificates = _certificates(outcome) if outcome.formats else ()
     failed = [c for c in certificates if c.verdict is Verdict.FAILED]
     if outcome.formats:
@@ -238,7 +239,13 @@ def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates:
         certificates=certificates,
         stages=stages,
         ran=[stage.spec.name for stage in outcome.plan.runs],
+        data={name: _data(record, outcome.plan[name]) for name, record in stages.items() if record.tokens_key is not None},
     )
+
+
+def _data(record: StageRecord, planned: PlannedStage) -> str:
+    """The text that a stage was given, and whether the recipe has come to name another."""
+    return record.data if record.tokens_key == planned.tokens_key else f"{record.data} (not the text that the recipe names now)"
 
 
 def _counts(outcome: Outcome, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Group
@@ -55,7 +55,10 @@ class BitAccount:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """All that the closing summary says. Sizes in bytes; ``stages`` by name, with ``ran`` those of this run."""
+    """All that the closing summary says.
+
+    Sizes in bytes; ``stages`` by name, with ``ran`` those of this run; ``data`` is the text that each stage was given.
+    """
 
     model: str
     method: str
@@ -67,6 +70,7 @@ class Summary:
     certificates: Sequence[FormatCertificate]
     stages: Mapping[str, StageRecord]
     ran: Sequence[str]
+    data: Mapping[str, str] = field(default_factory=dict)
 
     def facts(self) -> list[tuple[str, str]]:
         """Label and value of each line above the tables."""

@@ -99,6 +99,7 @@ def test_two_steps_calibrate_on_one_text_and_tune_on_another(tmp_path):
     found = manifest(tmp_path)["stages"]
     assert found["calibration"]["data"] == "A, split train"
     assert found["finetune"]["data"] == "B, split train"
+    assert manifest(tmp_path)["warnings"] == ["JOB_PATH has no effect", *result.plan.warnings]
     assert found["finetune"]["input_key"] == found["calibration"]["key"]
 
     run(tmp_path, data="B", tunes=True)
@@ -106,6 +107,18 @@ def test_two_steps_calibrate_on_one_text_and_tune_on_another(tmp_path):
     run(tmp_path, data="B", tunes=True, overwrite=("calibration",))
     assert journal(tmp_path) == [*ALL[:3], "finetune", "conversion"]
     assert manifest(tmp_path)["stages"]["calibration"]["data"] == "B, split train"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_card_and_the_manifest_keep_saying_what_the_calibration_was_made_from(tmp_path, kept):
+    run(tmp_path, data="A", tunes=True, envelope={"STAGES": ["calibration"]})
+    assert manifest(tmp_path)["warnings"] == ["JOB_PATH has no effect"]
+    for _ in range(2):  # the second time, everything is reused
+        run(tmp_path, data="B", tunes=True, save_intermediate_results=kept)
+        card = (job_dir(tmp_path) / "README.md").read_text()
+        assert "| text for calibration | A, split train (not the text that the recipe names now) |" in card
+        assert "| text for finetune | B, split train |" in card
+        assert ["made from other data (A, split train)" in w for w in manifest(tmp_path)["warnings"]] == [False, True]
 
 
 def test_a_stage_that_is_needed_but_not_selected_is_named_with_the_command(tmp_path):
