@@ -129,7 +129,7 @@ def test_a_wrong_code_in_the_export_fails_the_certificate(finished, tmp_path):
     for change in (0, 1):
         tensors["model.layers.0.self_attn.q_proj.codes"][:8] ^= change
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (verdict,) = certify({"aqlm": folder}, windows, lambda: algorithm.load(calibrated), scratch_dir=tmp_path / "scratch")
+        (verdict,) = certify({"aqlm": folder}, windows, lambda _: algorithm.load(calibrated), scratch_dir=tmp_path / "scratch")
         verdicts.append(verdict.verdict)
     assert verdicts == [Verdict.PASSED, Verdict.FAILED]
 

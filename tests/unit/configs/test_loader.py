@@ -95,6 +95,29 @@ def test_a_wrong_override_is_named_as_typed(tmp_path):
     assert next(problem.value for problem in found if problem.key.endswith("nsamples")) == "many"
 
 
+@pytest.mark.parametrize(("key", "nearest"), [("job_id", "JOB_ID"), ("Model", "MODEL"), ("stages", "STAGES")])
+def test_an_override_in_the_wrong_case_is_named_as_typed(tmp_path, key, nearest):
+    (problem,) = problems_of(SMALL, tmp_path, f"{key}=3")
+    assert (problem.file, problem.line, problem.key, problem.nearest) == ("command line", None, key, nearest)
+    (problem,) = problems_of(SMALL + f"{key}: 3\n", tmp_path)
+    assert (problem.line, problem.key, problem.nearest) == (11, key, nearest)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("CORPORA.my.txt=a", "CORPORA.my.txt", "a"),
+        ("CORPORA.one=[a]", "CORPORA.one", "[a]"),
+        ("CORPORA.one.test=", "CORPORA.one.test", ""),
+    ],
+)
+def test_what_is_wrong_below_corpora_is_named_by_its_own_place(tmp_path, override, key, value):
+    (problem,) = problems_of(SMALL + "CORPORA:\n  two: b.txt\n", tmp_path, override)
+    assert (problem.file, problem.line, problem.key, problem.value) == ("command line", None, key, value)
+    (problem,) = problems_of(SMALL + "CORPORA:\n  two: b.txt\n  three: {tset: c}\n", tmp_path)
+    assert (problem.line, problem.key, problem.value, problem.nearest) == (13, "CORPORA.three.tset", "c", "test")
+
+
 def test_null_skips_tuning_and_an_absent_block_means_its_defaults(tmp_path):
     assert not load(SMALL, tmp_path).parameters.tunes
     absent = load(SMALL.replace("    finetune_config: null\n", ""), tmp_path).parameters

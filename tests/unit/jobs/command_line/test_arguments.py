@@ -49,5 +49,30 @@ def test_lines_that_make_no_sense_end_with_code_2(argv, capsys):
     assert "usage" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--yaml_path", "a", "validate"], "'validate' stands too late"),
+        (["--yaml_path=a", "K=1", "plan"], "'plan' stands too late"),
+        (["bogus", "--yaml_path", "a"], "'bogus' is no command"),
+        (["a.yaml"], "'a.yaml' is no command"),
+    ],
+)
+def test_a_command_in_the_wrong_place_is_told_where_it_belongs(argv, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(argv)
+    assert caught.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert said in message
+    assert "the command comes first, before --yaml_path. The commands are run, plan, validate, evaluate, ls." in message
+
+
+def test_a_recipe_that_is_called_like_a_command_is_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("plan").write_text("")
+    assert files("--yaml_path", "plan") == [("plan", False)]
+
+
 def test_an_override_without_its_equals_sign_reaches_the_loader():
     assert parse_arguments(["--yaml_path", "a", "--json_path", "b", "--", "nonsense"]).overrides == ("nonsense",)

@@ -209,7 +209,7 @@ def peak_of_calibration(folder):
     """Peak resident bytes that a calibration adds to what loading its first block takes."""
     source = ModelSource(folder)
     source.load_block(0)
-    algorithm = _algorithm(finetune_max_epochs=1, num_codebooks=1, max_epochs=1, init_max_iter=2)
+    algorithm = _algorithm(finetune_max_epochs=1, num_codebooks=1, nbits_per_codebook=2, max_epochs=1, init_max_iter=2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = folder / "out"
     out.mkdir()
@@ -220,11 +220,12 @@ def peak_of_calibration(folder):
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     peaks = {}
     for blocks in (4, 24):
-        folder = save_family(tmp_path / str(blocks), "llama", blocks=blocks, hidden=96)
+        folder = save_family(tmp_path / str(blocks), "llama", blocks=blocks, hidden=192)
         command = [sys.executable, "-c", MEASURE, str(folder)]
         peaks[blocks] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     one_block = sum(p.numel() * 4 for p in ModelSource(tmp_path / "4").load_block(0).parameters())
-    # Twenty more blocks of weights would be twenty times one_block; allow what allocators keep.
+    # Twenty more blocks of weights would be 26 MB; what allocators keep differs by a few MB from run to run.
+    assert one_block > 1e6
     assert peaks[24] - peaks[4] < 6 * one_block
 
 

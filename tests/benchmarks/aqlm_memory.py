@@ -1,0 +1,35 @@
+"""Peak memory of an AQLM calibration for models of 4 and 24 equal blocks: it must not depend on their number.
+
+    python -m tests.benchmarks.aqlm_memory [--hidden 768]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.support.models import save_family
+from tests.unit.algorithms.quantization.aqlm.test_plugin import MEASURE
+
+
+def main() -> None:
+    """Print the resident bytes that a calibration adds to loading one block, and the size of the weights."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=768)
+    hidden = parser.parse_args().hidden
+    for blocks in (4, 24):
+        with tempfile.TemporaryDirectory() as folder:
+            save_family(Path(folder) / "m", "llama", blocks=blocks, hidden=hidden)
+            size = (Path(folder) / "m" / "model.safetensors").stat().st_size
+            command = [sys.executable, "-c", MEASURE, str(Path(folder) / "m")]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            peak = int(done.stdout.split()[-1])
+            sys.stdout.write(f"{blocks} blocks, weights {size / 1e6:.0f} MB: calibration adds {peak / 1e6:.0f} MB\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
