@@ -20,12 +20,12 @@ def _leaves(name: str) -> bool:
 
 
 def folder_name(value: object) -> str:
-    """Reads a name that becomes a folder inside the user folder; slashes make subfolders."""
+    """Reads a name that becomes one folder inside the user folder; with a slash it could lie in the folder of another job."""
     name = text(value).strip()
-    unusable = "\\" in name or any(ord(character) < 32 for character in name)
+    unusable = "/" in name or "\\" in name or any(ord(character) < 32 for character in name)
     if _leaves(name) or unusable or PurePosixPath(name) == PurePosixPath():
-        raise expected("a name that stays inside the user folder: no absolute path, no ..")
-    return name.rstrip("/")
+        raise expected("the name of one folder inside the user folder: no slashes, no ..")
+    return name
 
 
 def token(value: object) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from jobs.workspace import LOCK, MANIFEST
 
 STOPPED = {"tmp", "exports", "packed"}  # folders inside a job, which hold no further jobs
-DEEPEST = 6  # a JOB_ID with slashes makes subfolders, but not this many
+DEEPEST = 6  # a JOB_ID that an earlier version took could have slashes, but not this many
 
 
 @dataclass(frozen=True, kw_only=True)

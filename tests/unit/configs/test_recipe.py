@@ -13,7 +13,24 @@ def expectation(tmp_path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "job_id", ["../x", "/abs", "a/../../b", "~", "~root/x", ".", "C:\\x", "a\\b", "a/b", "a/", "quickstart/tmp", "[a]", "true", "1.5", "null"]
+    "job_id",
+    [
+        "../x",
+        "/abs",
+        "a/../../b",
+        "~",
+        "~root/x",
+        ".",
+        "C:\\x",
+        "a\\b",
+        "a/b",
+        "a/",
+        "quickstart/tmp",
+        "[a]",
+        "true",
+        "1.5",
+        "null",
+    ],
 )
 def test_a_job_cannot_leave_the_user_folder(tmp_path, job_id):
     assert expectation(tmp_path, f"JOB_ID={job_id}")
