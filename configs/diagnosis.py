@@ -29,7 +29,11 @@ def note_problems(
     """
     for finding in error.errors(include_url=False):
         path, block = _spelled(model, finding["loc"])
+        if finding["type"] == "extra_forbidden":
+            path = (*path[:-1], finding["loc"][-1])  # as typed: it may be the Python name of a key, which is no key
         value = finding["input"]
+        if finding["type"] == "expected" and finding["ctx"]["below"]:
+            path, value = (*path, *finding["ctx"]["below"]), finding["ctx"]["value"]
         if isinstance(value, str) and "${" in value and document.problems:
             continue  # a reference that could not be followed: reported as that
         expected, nearest = _expectation(finding, path, block, (*prefix, *path), elsewhere)

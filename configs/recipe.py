@@ -20,6 +20,7 @@ from configs.values import (
     Text,
     Whole,
     expected,
+    inside,
     names,
     nearest_name,
     path,
@@ -50,10 +51,23 @@ def _local_corpora(value: object) -> dict[str, Path | dict[str, Path]]:
         return {}
     if not isinstance(value, Mapping):
         raise expected("a block of names, each with a file, or with files for train, validation and test")
-    return {
-        token(name): {SPLITS(split): path(file) for split, file in files.items()} if isinstance(files, Mapping) else path(files)
-        for name, files in value.items()
-    }
+    return {_local_name(name, files): _local_files(name, files) for name, files in value.items()}
+
+
+def _local_name(name: str, files: object) -> str:
+    with inside((name,), files):
+        return token(name)
+
+
+def _local_files(name: str, files: object) -> Path | dict[str, Path]:
+    if not isinstance(files, Mapping):
+        with inside((name,), files):
+            return path(files)
+    found: dict[str, Path] = {}
+    for split, file in files.items():
+        with inside((name, split), file):
+            found[SPLITS(split)] = path(file)
+    return found
 
 
 def _service(value: object) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -23,7 +24,21 @@ NUMBER_LENGTH = 40  # longer digit strings are not numbers that anybody meant
 
 def expected(what: str, nearest: str | None = None) -> PydanticCustomError:
     """The error of a validator: ``what`` completes the sentence "expected ..."."""
-    return PydanticCustomError("expected", "{expected}", {"expected": what, "nearest": nearest})
+    return PydanticCustomError("expected", "{expected}", {"expected": what, "nearest": nearest, "below": ()})
+
+
+@contextmanager
+def inside(keys: Sequence[str], value: object) -> Iterator[None]:
+    """Errors of validators in here are about ``value``, which stands under ``keys`` of the block that is being read.
+
+    Raises:
+        PydanticCustomError: the same error with its place.
+    """
+    try:
+        yield
+    except PydanticCustomError as error:
+        context = {**(error.context or {}), "below": tuple(keys), "value": value}
+        raise PydanticCustomError("expected", "{expected}", context) from None
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
