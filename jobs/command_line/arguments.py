@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure the recipe's model, or the model in --directory, and nothing else",
     "ls": "list the algorithms, and the jobs below a user folder",
 }
+_COMMAND_FIRST = f"the command comes first, before --yaml_path. The commands are {', '.join(COMMANDS)}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         parser.add_argument("user_folder", nargs="?", type=Path, default=Path("user_data"))
         return Arguments(command=command, user_folder=parser.parse_args(rest).user_folder)
     parser = _recipe_parser(command)
+    if not named and argv and not argv[0].startswith("-") and not OVERRIDE.fullmatch(argv[0]):
+        parser.error(f"{argv[0]!r} is no command; {_COMMAND_FIRST}")
     found = parser.parse_intermixed_args(rest, argparse.Namespace(files=[], overrides=[]))
+    late = [word for word in (*(str(file.path) for file in found.files), *found.more) if word in COMMANDS]
+    if late and not Path(late[0]).exists():
+        parser.error(f"{late[0]!r} stands too late; {_COMMAND_FIRST}")
     if not found.files:
         parser.error("name a recipe: --yaml_path FILE or --json_path FILE")
     return Arguments(
