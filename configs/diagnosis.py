@@ -55,6 +55,23 @@ def all_keys(model: type[BaseModel], prefix: KeyPath) -> Iterator[KeyPath]:
             yield from all_keys(inner, path)
 
 
+def spellings(model: type[BaseModel]) -> dict[str, str]:
+    """Python name -> key, for the keys of a block and the blocks inside it, where one name has one key."""
+    keys: dict[str, set[str]] = {}
+    for block in _blocks(model):
+        for name, field in block.model_fields.items():
+            keys.setdefault(name, set()).add(field.alias or name)
+    return {name: found.pop() for name, found in keys.items() if len(found) == 1}
+
+
+def _blocks(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        inner = _inner_model(field.annotation)
+        if inner is not None:
+            yield from _blocks(inner)
+
+
 def _inner_model(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401 - the typing module's own words
     """The block class in ``Block`` or ``Block | None``."""
     for candidate in (annotation, *get_args(annotation)):

@@ -8,7 +8,7 @@ walked backwards from the result that is asked for: a stage whose artifact is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from algorithms.base import StageSpec
@@ -118,7 +118,8 @@ class Situation:
 
     ``source_key`` is the model's digest, the first stage's input; ``tokens_keys`` has an entry for every stage that asks for
     tokens. ``condition`` tells of a stage with a finished record whether its artifact is there and whole. ``known_stages`` are
-    all that the algorithm has; some recipes leave some of them out.
+    all that the algorithm has; some recipes leave some of them out. ``spelling`` gives the recipe's key of a setting, where it
+    is not the setting's own name.
     """
 
     specs: Sequence[StageSpec]
@@ -129,6 +130,7 @@ class Situation:
     condition: Callable[[str, StageRecord], Condition]
     selection: Selection
     known_stages: Sequence[str] = ()
+    spelling: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_plan(situation: Situation) -> Plan:
@@ -186,7 +188,7 @@ def _link(inputs: StageInputs, situation: Situation, *, tolerant: bool, cause: s
     spec, selection = inputs.spec, situation.selection
     record = situation.records.get(spec.name)
     other_data = tolerant and _differs_in_data_only(inputs, record)
-    usable, forced, reason = False, bool(cause), _unfinished_reason(inputs, record)
+    usable, forced, reason = False, bool(cause), _unfinished_reason(inputs, record, situation.spelling)
     if record is not None and record.status is Status.FINISHED and (other_data or record.key == inputs.key):
         state = situation.condition(spec.name, record)
         usable, reason = state.intact, _condition_reason(state, record)
@@ -247,10 +249,10 @@ def _differs_in_data_only(inputs: StageInputs, record: StageRecord | None) -> bo
     return inputs.changes_since(record) == [DATA_SET]
 
 
-def _unfinished_reason(inputs: StageInputs, record: StageRecord | None) -> str:
+def _unfinished_reason(inputs: StageInputs, record: StageRecord | None, spelling: Mapping[str, str]) -> str:
     if record is None:
         return "not run yet"
-    changed = inputs.changes_since(record)
+    changed = inputs.changes_since(record, spelling)
     if changed:
         return f"{', '.join(changed)} changed"
     how = {Status.RUNNING: "was killed", Status.FAILED: "failed", Status.INTERRUPTED: "was interrupted"}

@@ -16,6 +16,7 @@ import transformers
 
 from algorithms.base import Artifact, CompressionAlgorithm, StageSpec
 from algorithms.modeling.source import ModelSource
+from configs.diagnosis import spellings
 from configs.errors import DataError
 from configs.loader import LoadedRecipe
 from configs.recipe import Recipe
@@ -62,6 +63,7 @@ class Materials:
                 command=resume_command(self.loaded),
             ),
             known_stages=self.loaded.parameters.stage_names,
+            spelling=spellings(type(self.loaded.parameters)),
         )
 
     def preflight(self, plan: Plan) -> None:

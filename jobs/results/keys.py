@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from algorithms.base import StageSpec
@@ -27,8 +28,13 @@ class StageInputs:
         settings = canonical_digest(dict(spec.settings))
         return canonical_digest([self.algorithm, spec.name, spec.version, settings, self.input_key, self.tokens_key])
 
-    def changes_since(self, record: StageRecord) -> list[str]:
-        """What differs from the recorded stage, in words; empty where the keys are equal."""
+    def changes_since(self, record: StageRecord, spelling: Mapping[str, str] | None = None) -> list[str]:
+        """What differs from the recorded stage, in words; empty where the keys are equal.
+
+        Args:
+            record: the stage as the manifest knows it.
+            spelling: settings -> keys of the recipe, where they differ.
+        """
         spec = self.spec
         settings = sorted(
             name
@@ -43,7 +49,9 @@ class StageInputs:
             DATA_SET: record.tokens_key != self.tokens_key and same_request,
             "the calibration text it asks for": record.tokens_key != self.tokens_key and not same_request,
         }
-        return [f"the setting {name}" for name in settings] + [what for what, changed in differs.items() if changed]
+        return [f"the setting {(spelling or {}).get(name, name)}" for name in settings] + [
+            what for what, changed in differs.items() if changed
+        ]
 
 
 def request_record(spec: StageSpec) -> dict[str, object] | None:

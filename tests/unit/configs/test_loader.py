@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from algorithms.registry import config_class
+from configs.diagnosis import spellings
 from configs.errors import RecipeError
 from configs.loader import load_recipe
 from tests.support.recipes import SEED_RECIPE, SMALL, load, problems_of
@@ -116,6 +117,11 @@ def test_what_is_wrong_below_corpora_is_named_by_its_own_place(tmp_path, overrid
     assert (problem.file, problem.line, problem.key, problem.value) == ("command line", None, key, value)
     (problem,) = problems_of(SMALL + "CORPORA:\n  two: b.txt\n  three: {tset: c}\n", tmp_path)
     assert (problem.line, problem.key, problem.value, problem.nearest) == (13, "CORPORA.three.tset", "c", "test")
+
+
+def test_settings_are_known_by_their_keys():
+    found = spellings(config_class("AQLM"))
+    assert (found["init_max_iterations"], found["num_samples"], found["seed"]) == ("init_max_iter", "nsamples", "seed")
 
 
 def test_null_skips_tuning_and_an_absent_block_means_its_defaults(tmp_path):

@@ -36,7 +36,7 @@ def finished(specs=THREE, data="A", status=Status.FINISHED):
     return records
 
 
-def planned(records=(), *, specs=THREE, data="A", conditions=(), source="model", known=(), **selection):
+def planned(records=(), *, specs=THREE, data="A", conditions=(), source="model", known=(), spelling=None, **selection):
     plan = make_plan(
         Situation(
             specs=specs,
@@ -47,6 +47,7 @@ def planned(records=(), *, specs=THREE, data="A", conditions=(), source="model",
             condition=lambda name, record: dict(conditions).get(name, INTACT),
             selection=Selection(**selection),
             known_stages=known,
+            spelling=spelling or {},
         )
     )
     return plan
@@ -88,6 +89,7 @@ def test_a_changed_setting_or_model_reaches_everything_after_it():
     specs = (THREE[0], spec("finetune", REQUEST, {"a": 2}), THREE[2])
     assert actions(finished(), specs=specs) == "urr"
     assert planned(finished(), specs=specs)["finetune"].reason == "the setting a changed"
+    assert planned(finished(), specs=specs, spelling={"a": "A"})["finetune"].reason == "the setting A changed"
     assert actions(finished(), source="another") == "rrr"
     assert planned(finished(), source="another")["calibration"].reason == "its input changed"
 
