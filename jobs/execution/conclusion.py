@@ -32,7 +32,7 @@ from jobs.reporting.certificate import (
 from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.summary import BitAccount, Summary
 from jobs.results.artifacts import remove_folder
-from jobs.results.publishing import CONFIG, format_folder, is_published, publish, write_extra
+from jobs.results.publishing import CONFIG, count_files, format_folder, is_published, publish, write_extra
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def _publish(outcome: Outcome, withheld: list[str]) -> None:
     publication = Publication(key=stage.key, files=files)
     if outcome.is_fresh or not is_published(job_dir, job.manifest.current.published, stage.key, withheld):
         publish(outcome.artifact.directory, job_dir, job.manifest, publication, withheld=withheld)
-        logger.info("Published %d files to %s", len(files), job_dir)
+        logger.info("Published %s to %s", count_files(len(files)), job_dir)
 
 
 def _figures(outcome: Outcome, texts: Texts) -> tuple[CorpusFigures, ...]:

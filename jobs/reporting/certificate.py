@@ -178,8 +178,9 @@ def _judge(name: str, windows: Tensor, out: Path, reference: Callable[[str], nn.
         return FormatCertificate(format=name, verdict=Verdict.FAILED, reason=reason)
     difference, ties, wrong = compare_outputs(ours, logits, greedy)
     passed = difference <= LOGIT_TOLERANCE and not wrong
-    reason = f"largest logit difference {difference:.1e} of the deviation, at most {LOGIT_TOLERANCE:.0e} allowed"
-    reason += f"; {greedy.numel() - ties - wrong} of {greedy.numel()} greedy tokens equal, {ties} ties, {wrong} different"
+    reason = f"the client's logits differ by at most {difference:.1e} of their deviation ({LOGIT_TOLERANCE:.0e} allowed), "
+    reason += f"{greedy.numel() - ties - wrong} of {greedy.numel()} greedy tokens equal"
+    reason += (f", {ties} tied" if ties else "") + (f", {wrong} different" if wrong else "")
     return FormatCertificate(
         format=name,
         verdict=Verdict.PASSED if passed else Verdict.FAILED,

@@ -72,6 +72,11 @@ def is_published(job_dir: Path, publication: Publication | None, key: str, withh
     return all((job_dir / name).is_file() and (job_dir / name).stat().st_size == r.size for name, r in expected.items())
 
 
+def count_files(number: int) -> str:
+    """So many files, in words."""
+    return f"{number} file{'' if number == 1 else 's'}"
+
+
 def place_file(source: Path, target: Path) -> None:
     """Make ``target`` the same file as ``source``: a hard link, or a copy. A reader sees the old file or the new one.
 
@@ -121,7 +126,7 @@ def _remove_stale(job_dir: Path, names: list[str]) -> None:
                 break
             folder.rmdir()
     if names:
-        logger.info("Removed %d files of an earlier result from %s", len(names), job_dir)
+        logger.info("Removed %s of an earlier result from %s", count_files(len(names)), job_dir)
 
 
 def _config_last(name: str) -> tuple[bool, bool, str]:

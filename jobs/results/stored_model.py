@@ -37,7 +37,7 @@ def load_stored(directory: Path, materials: Materials) -> StoredModel:
         return StoredModel(model=model.eval().requires_grad_(False), digest=found.key)
     if not (place / CONFIG).is_file():
         raise DataError(
-            f"{directory} holds no model: no {CONFIG}, and no finished stage of a {materials.algorithm.name} job. "
+            f"{directory} holds no model: no {CONFIG}, and no finished stage of a job with {materials.algorithm.name}. "
             "Name a job folder, a folder below its tmp/, or a Hugging Face model folder."
         )
     dense = materials.parts.load_dense(place, materials.loaded.recipe.trust_remote_code)

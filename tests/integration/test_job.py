@@ -289,7 +289,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
 
 
 def test_certificate_failure_ends_the_job_after_everything_else_is_written(tmp_path):
-    with pytest.raises(CertificateError, match=r"dense: largest logit difference"):
+    with pytest.raises(CertificateError, match=r"dense: the client's logits differ by at most 2.0e-01 of their deviation"):
         run(tmp_path, behaviour="wrong", save_intermediate_results=False, envelope=EVALUATED)
     found = manifest(tmp_path)
     assert found["run"]["status"] == "certificate failed"

@@ -30,6 +30,8 @@ def test_a_client_that_reads_the_same_passes(tmp_path):
     (verdict,), asked = certificate(tmp_path, "pass")
     assert verdict.verdict is Verdict.PASSED
     assert verdict.max_logit_difference == 0
+    figures = "the client's logits differ by at most 0.0e+00 of their deviation (1e-03 allowed), 8 of 8 greedy tokens equal"
+    assert verdict.reason == figures
     assert (verdict.windows, verdict.window_length, verdict.greedy_tokens, verdict.greedy_ties) == (2, 6, 8, 0)
     assert asked == 1
 

@@ -6,7 +6,7 @@ from configs.errors import DataError
 from jobs.manifest import ManifestFile, Publication
 from jobs.results import publishing
 from jobs.results.artifacts import describe_folder
-from jobs.results.publishing import check_target, format_folder, is_published, publish, write_extra
+from jobs.results.publishing import check_target, count_files, format_folder, is_published, publish, write_extra
 
 NAMES = ("config.json", "zz.safetensors", "exports/b/config.json", "exports/b/b.gguf", "packed/p.safetensors")
 
@@ -26,6 +26,15 @@ def stage(folder, names=NAMES, text="1"):
 def manifest_in(job):
     job.mkdir(exist_ok=True)
     return ManifestFile(job / "manifest.json")
+
+
+def test_the_log_counts_one_file_as_one(tmp_path, job, caplog):
+    assert [count_files(number) for number in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    manifest = manifest_in(job)
+    publish(tmp_path / "old", job, manifest, stage(tmp_path / "old", ("a.safetensors",)))
+    with caplog.at_level("INFO"):
+        publish(tmp_path / "new", job, manifest, stage(tmp_path / "new", ("b.safetensors",)))
+    assert "Removed 1 file of an earlier result" in caplog.text
 
 
 def test_files_are_linked_and_every_config_comes_last(tmp_path, job, monkeypatch):
