@@ -1,6 +1,6 @@
 """Peak memory of an AQLM calibration for models of 4 and 24 equal blocks: it must not depend on their number.
 
-    python -m tests.benchmarks.aqlm_memory [--hidden 768]
+python -m tests.benchmarks.aqlm_memory [--hidden 768]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.unit.algorithms.quantization.aqlm.test_plugin import MEASURE
 
 
 def main() -> None:
-    """Print the resident bytes that a calibration adds to loading one block, and the size of the weights."""
+    """Print the peak resident memory of each calibration, interpreter and libraries included, and the size of the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=768)
     hidden = parser.parse_args().hidden
@@ -27,7 +27,7 @@ def main() -> None:
             command = [sys.executable, "-c", MEASURE, str(Path(folder) / "m")]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             peak = int(done.stdout.split()[-1])
-            sys.stdout.write(f"{blocks} blocks, weights {size / 1e6:.0f} MB: calibration adds {peak / 1e6:.0f} MB\n")
+            sys.stdout.write(f"{blocks} blocks, weights {size / 1e6:.0f} MB in float32: peak {peak / 1e6:.0f} MB\n")
             sys.stdout.flush()
 
 

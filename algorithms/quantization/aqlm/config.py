@@ -332,7 +332,8 @@ class AqlmConfig(AlgorithmParameters):
             lines = (*lines, f"{key} has no effect: targets: original implies it; it counts with targets: compressed_prefix")
         if not self.tunes:
             return lines
-        return (*lines, f"{prefix}finetune_config asks for PV-tuning, which this version does not have: a run is refused until it is null")
+        key = f"{prefix}finetune_config"
+        return (*lines, f"{key} asks for PV-tuning, which this version does not have: a run is refused until it is null")
 
     def refusal(self, stages: Sequence[str] | None) -> str | None:
         """PV-tuning is checked but not there yet."""
