@@ -154,7 +154,10 @@ def make_plan(situation: Situation) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Link:
-    """A stage in the chain of keys, before it is known what is needed."""
+    """A stage in the chain of keys, before it is known what is needed.
+
+    A ``damaged`` result is made again, and all that follows from it, but from those of its files that are intact.
+    """
 
     inputs: StageInputs
     key: str
@@ -162,6 +165,7 @@ class _Link:
     reason: str
     other_data: bool
     forced: bool
+    damaged: bool
     record: StageRecord | None
 
 
@@ -189,17 +193,28 @@ def _link(inputs: StageInputs, situation: Situation, *, tolerant: bool, cause: s
     record = situation.records.get(spec.name)
     other_data = tolerant and _differs_in_data_only(inputs, record)
     usable, forced, reason = False, bool(cause), _unfinished_reason(inputs, record, situation.spelling)
+    damaged = False
     if record is not None and record.status is Status.FINISHED and (other_data or record.key == inputs.key):
         state = situation.condition(spec.name, record)
         usable, reason = state.intact, _condition_reason(state, record)
-        forced = forced or (state.damaged and selection.allows(spec.name))
+        damaged = state.damaged and selection.allows(spec.name) and not forced
+        forced = forced or damaged
         if usable and cause:
             usable, reason = False, cause
     if selection.forces(spec.name) and record is not None:
-        usable, forced, reason = False, True, "overwrite asks for it"
+        usable, forced, damaged, reason = False, True, False, "overwrite asks for it"
     other_data = other_data and not forced
     key = record.key if other_data and record is not None else inputs.key
-    return _Link(inputs=inputs, key=key, usable=usable, reason=reason, other_data=other_data, forced=forced, record=record)
+    return _Link(
+        inputs=inputs,
+        key=key,
+        usable=usable,
+        reason=reason,
+        other_data=other_data,
+        forced=forced,
+        damaged=damaged,
+        record=record,
+    )
 
 
 def _walk_back(chain: Sequence[_Link], selection: Selection) -> tuple[PlannedStage, ...]:
@@ -237,7 +252,7 @@ def _planned(link: _Link, action: Action, reason: str, *, counts: bool = True) -
         key=link.key,
         input_key=link.inputs.input_key,
         tokens_key=link.inputs.tokens_key,
-        forced=link.forced,
+        forced=link.forced and not link.damaged,
         warning=warning,
         record=link.record,
     )

@@ -112,8 +112,8 @@ def _finish(job: Job, planned: PlannedStage, record: StageRecord, output: Path) 
 def _prepare_folder(job: Job, planned: PlannedStage, output: Path) -> bool:
     """Empty the partial folder unless it holds an earlier attempt at the same result; whether it does."""
     place = job.workspace.stage_dir(planned.spec.directory)
-    if not output.exists() and not planned.forced and _key_of(place).get("key") == planned.key and _unrecorded(job, planned):
-        place.rename(output)  # killed between the rename and the manifest's line: the stage sees for itself that all is done
+    if not output.exists() and not planned.forced and _key_of(place).get("key") == planned.key:
+        _take_back(job, planned, place, output)
     key = _key_of(output)
     same = key.get("key") == planned.key and (not planned.forced or key.get("run") == job.run_id)
     if same:
@@ -124,9 +124,18 @@ def _prepare_folder(job: Job, planned: PlannedStage, output: Path) -> bool:
     return False
 
 
-def _unrecorded(job: Job, planned: PlannedStage) -> bool:
+def _take_back(job: Job, planned: PlannedStage, place: Path, output: Path) -> None:
+    """Go on from a result that was put in place under the same key: unrecorded because of a kill, or damaged since.
+
+    Files that are not those that the manifest knows are removed, so that the stage makes them again and no others.
+    """
     record = job.manifest.current.stages.get(planned.spec.name)
-    return record is not None and record.key == planned.key and record.status is not Status.FINISHED
+    place.rename(output)
+    if record is None or record.key != planned.key or record.status is not Status.FINISHED:
+        return
+    for name, found in describe_folder(output).items():
+        if record.files.get(name) != found:
+            (output / name).unlink()
 
 
 def _key_of(directory: Path) -> Mapping[str, object]:

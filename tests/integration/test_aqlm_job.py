@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,19 @@ def test_a_calibration_on_one_text_serves_a_conversion_under_another(finished, t
     said = _run(tmp_path, f"DATA_PATH={other}")
     assert "calibration: reuse" in said
     assert _weights(tmp_path) == _weights(finished[0])
+
+
+def test_one_damaged_block_is_made_again_and_no_other(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "job", symlinks=True)
+    folder = tmp_path / "job"
+    calibrated = _job(folder) / "tmp" / "calibration"
+    content = bytearray((calibrated / "1.safetensors").read_bytes())
+    content[-3] ^= 4
+    (calibrated / "1.safetensors").write_bytes(bytes(content))
+    kept = {index: (calibrated / f"{index}.safetensors").stat().st_mtime_ns for index in (0, 2, 3)}
+    assert "1.safetensors" in _run(folder, "llm.AQLM.overwrite=[conversion]")
+    assert {index: (calibrated / f"{index}.safetensors").stat().st_mtime_ns for index in kept} == kept
+    assert _weights(folder) == _weights(finished[0])
 
 
 def test_tuning_that_is_not_there_is_refused_before_the_model_is_looked_for(tmp_path):
