@@ -26,8 +26,9 @@ def main() -> None:
             size = (Path(folder) / "m" / "model.safetensors").stat().st_size
             command = [sys.executable, "-c", MEASURE, str(Path(folder) / "m")]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            peak = int(done.stdout.split()[-1])
-            sys.stdout.write(f"{blocks} blocks, weights {size / 1e6:.0f} MB in float32: peak {peak / 1e6:.0f} MB\n")
+            peaks = [int(word) / 1e6 for word in done.stdout.split()]
+            figures = f"peak {peaks[3]:.0f} MB after block 4, {peaks[-1]:.0f} MB after block {blocks}"
+            sys.stdout.write(f"{blocks} blocks, weights {size / 1e6:.0f} MB in float32: {figures}\n")
             sys.stdout.flush()
 
 
