@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from algorithms.modeling.source import ModelError
+from algorithms.formats.storage import to_storage
 from algorithms.numerics.additive import AdditiveCodes
-
-STORAGE = torch.float16
 
 
 def pack(weight: AdditiveCodes, prefix: str) -> dict[str, Tensor]:
@@ -82,17 +80,3 @@ def quantization_config(
         "in_group_size": group_shape[1],
         "linear_weights_not_to_quantize": kept,
     }
-
-
-def to_storage(tensor: Tensor, name: str) -> Tensor:
-    """A floating tensor in float16, the format's only floating type.
-
-    Raises:
-        ModelError: a value beyond float16's range.
-    """
-    stored = tensor.to(STORAGE)
-    if not torch.isfinite(stored).all():
-        raise ModelError(
-            f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, which the AQLM format stores"
-        )
-    return stored

@@ -1,0 +1,29 @@
+"""What the layouts of this folder share: float16 storage, and reading their settings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from algorithms.modeling.source import ModelError
+
+WHOLE_ROW = -1
+
+
+def to_storage(tensor: Tensor, name: str) -> Tensor:
+    """A floating tensor in float16, the layouts' only floating type.
+
+    Raises:
+        ModelError: a value beyond float16's range.
+    """
+    stored = tensor.to(torch.float16)
+    if not torch.isfinite(stored).all():
+        raise ModelError(f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, which the format stores")
+    return stored
+
+
+def column_groups(groups: Tensor | None, columns: int, count: int) -> Tensor:
+    """The group of each column, [I] int32: as given, or ``count`` runs of neighbours."""
+    if groups is not None:
+        return groups.to(torch.int32)
+    return torch.arange(columns, dtype=torch.int32) // (columns // count)
