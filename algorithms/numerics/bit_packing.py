@@ -28,10 +28,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """
     _check(bits)
     count = codes.shape[-1]
-    padded = F.pad(codes, (0, -count % WORD)).contiguous()
-    stream = _fold(padded.view(torch.int64), bits)
-    occupied = stream.unsqueeze(-1).view(torch.uint8)[..., :bits]
-    words = occupied.flatten(-2).contiguous().view(torch.int32)
+    padded = F.pad(codes, (0, -count % WORD))
+    # Flat, since a tensor with a side of 1 may be contiguous and yet have strides that no wider type can be seen through.
+    numbers = padded.contiguous().flatten().view(torch.int64).view(*padded.shape[:-1], padded.shape[-1] // 8)
+    stream = _fold(numbers, bits)
+    occupied = stream.flatten().view(torch.uint8).view(-1, 8)[:, :bits]
+    words = occupied.contiguous().flatten().view(torch.int32).view(*padded.shape[:-1], padded.shape[-1] // WORD * bits)
     return words[..., : packed_words(count, bits)].contiguous()
 
 
@@ -39,10 +41,11 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of :func:`pack_bits`: the first ``count`` codes, [..., count] uint8."""
     _check(bits)
     chunks = -(-count // WORD)
-    padded = F.pad(words, (0, chunks * bits - words.shape[-1])).contiguous()
-    occupied = padded.view(torch.uint8).unflatten(-1, (chunks * WORD // 8, bits))
-    stream = F.pad(occupied, (0, 8 - bits)).contiguous().view(torch.int64).squeeze(-1)
-    return _unfold(stream, bits).view(torch.uint8)[..., :count].contiguous()
+    padded = F.pad(words, (0, chunks * bits - words.shape[-1]))
+    occupied = padded.contiguous().flatten().view(torch.uint8).view(-1, bits)
+    stream = F.pad(occupied, (0, 8 - bits)).contiguous().flatten().view(torch.int64)
+    codes = _unfold(stream, bits).view(torch.uint8).view(*words.shape[:-1], chunks * WORD)
+    return codes[..., :count].contiguous()
 
 
 def _check(bits: int) -> None:

@@ -35,6 +35,9 @@ def test_a_hand_made_word():
 def test_columns_are_packed_through_a_transposed_view():
     codes = torch.arange(64, dtype=torch.uint8).view(32, 2) % 8
     assert torch.equal(pack_bits(codes.T, 3), pack_bits(codes.T.contiguous(), 3))
+    one = codes[:, :1]
+    assert torch.equal(pack_bits(one.T, 3), pack_bits(one.T.clone(memory_format=torch.contiguous_format), 3))
+    assert torch.equal(unpack_bits(pack_bits(one.T, 3).T.contiguous().T, 3, 32), one.T)
 
 
 @pytest.mark.parametrize("bits", [0, 9])
