@@ -47,7 +47,7 @@ def test_transformers_computes_our_logits(tmp_path, bits, group_size, tied):
     (out / "config.json").write_text(json.dumps(model.source.raw_config() | {"quantization_config": settings}))
     copy_companions(model.source.directory, out)
     tokens = torch.cat(token_sequences(2, 12))
-    assert torch.equal(record(out, tokens)["logits"], model.logits(tokens))
+    assert torch.equal(record("compressed-tensors", out, tokens)["logits"], model.logits(tokens))
 
 
 @pytest.mark.parametrize(
