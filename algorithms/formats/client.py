@@ -18,27 +18,51 @@ from safetensors.torch import load_file, save_file
 NO_CLIENT = 3
 NEW_TOKENS = 16
 
+# The packages beside transformers that a stranger needs. Formats that are not here are plain transformers.
+_PACKAGES = {
+    "aqlm": ("aqlm",),
+    "auto-round": ("auto_round",),
+    "compressed-tensors": ("compressed_tensors",),
+    "gguf": ("gguf",),
+}
+_ELSEWHERE = {
+    "gptq": "gptqmodel and vLLM read it, and neither installs beside this project's torch and transformers",
+    "spqr-tiles": "the spqr_quant package reads it, on CUDA in float16 alone, and transformers 5 cannot load it through that",
+}
 
-def missing_package(client_format: str, directory: Path) -> str | None:
-    """The package that reading ``directory`` in this format needs and this environment lacks, if any."""
-    needed = ["transformers"]
+
+def no_client(client_format: str, directory: Path) -> str | None:
+    """Why nothing here can read ``directory`` in this format, in a sentence; None where something can."""
+    if client_format in _ELSEWHERE:
+        return _ELSEWHERE[client_format]
+    needed = ["transformers", *_PACKAGES.get(client_format, ())]
     if client_format == "aqlm":
         from transformers import AutoConfig
 
-        needed.append("aqlm")
         settings = AutoConfig.from_pretrained(directory).quantization_config
         if settings["nbits_per_codebook"] == 8:
             needed.append("numba")  # the CPU kernel for 256 codewords; other sizes are decoded by torch
-    return next((name for name in needed if importlib.util.find_spec(name) is None), None)
+    missing = next((name for name in needed if importlib.util.find_spec(name) is None), None)
+    return missing and f"package {missing} is not installed"
+
+
+def load(client_format: str, directory: Path) -> torch.nn.Module:
+    """The model of a folder in float32 on the CPU, by the format's own client."""
+    from transformers import AutoModelForCausalLM
+
+    if client_format == "spqr":
+        from algorithms.formats.spqr import load_packed
+
+        return load_packed(directory)
+    options = {"gguf_file": "model.gguf"} if client_format == "gguf" else {}
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    return (_widened(model, directory) if client_format == "auto-round" else model).eval()
 
 
 @torch.no_grad()
-def record(directory: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits and greedy continuations of token rows [n, length], by stock transformers in float32 on the CPU."""
-    from transformers import AutoModelForCausalLM
-
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model = model.eval()
+def record(client_format: str, directory: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits and greedy continuations of token rows [n, length], by the format's client in float32 on the CPU."""
+    model = load(client_format, directory)
     logits = model(input_ids=tokens, use_cache=False).logits.float()
     greedy = greedy_continuation(model, tokens)
     return {"logits": logits.contiguous(), "greedy": greedy.contiguous()}
@@ -54,14 +78,30 @@ def greedy_continuation(model: torch.nn.Module, rows: torch.Tensor, new_tokens: 
     return sequence[:, rows.shape[1] :]
 
 
+def _widened(model: torch.nn.Module, directory: Path) -> torch.nn.Module:
+    """An auto-round model in float32, which it is asked for and does not give.
+
+    Its loader forces float16, in which logits are off by 6e-3 of their deviation: that says nothing about the file. What the
+    file holds is float16 and comes back whole; the rotary frequencies do not, and are computed anew.
+    """
+    from algorithms.modeling.source import ModelSource
+
+    torch.nn.Module.float(model)  # transformers' own method refuses quantized models
+    held = set(model.state_dict())
+    for name, buffer in ModelSource(directory).skeleton().named_buffers():
+        if name not in held:
+            model.get_buffer(name).copy_(buffer)
+    return model
+
+
 def main(arguments: list[str]) -> int:
     """Run the check; returns the exit code."""
     client_format, directory, tokens_file, out_file = arguments[0], *map(Path, arguments[1:4])
-    missing = missing_package(client_format, directory)
-    if missing is not None:
-        sys.stderr.write(f"no client for {client_format} on this machine: package {missing} is not installed\n")
+    reason = no_client(client_format, directory)
+    if reason is not None:
+        sys.stderr.write(f"no client for {client_format} on this machine: {reason}\n")
         return NO_CLIENT
-    save_file(record(directory, load_file(tokens_file)["tokens"]), out_file)
+    save_file(record(client_format, directory, load_file(tokens_file)["tokens"]), out_file)
     return 0
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from algorithms.modeling.source import ModelError
 
 STORAGE = torch.float16
+WHOLE_ROW = -1  # the group size that stands for all columns
 
 
 def to_storage(tensor: Tensor, name: str) -> Tensor:
@@ -22,3 +23,10 @@ def to_storage(tensor: Tensor, name: str) -> Tensor:
             f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, in which compressed models are stored"
         )
     return stored
+
+
+def column_groups(groups: Tensor | None, columns: int, count: int) -> Tensor:
+    """The group of each column, [I] int32: as given, or ``count`` runs of neighbours."""
+    if groups is not None:
+        return groups.to(torch.int32)
+    return torch.arange(columns, dtype=torch.int32) // (columns // count)

@@ -1,0 +1,88 @@
+"""The ``pack-quantized`` layout of compressed-tensors, as transformers and vLLM read it.
+
+For a linear ``P`` of shape [O, I] with codes of b bits and G groups of g columns: ``P.weight_packed`` [O, ceil(I*b/32)] int32,
+a dense bit stream of the codes; ``P.weight_scale`` [O, G] float16; ``P.weight_shape`` [2] int64. Symmetric only: the zero
+is 2^(b-1) everywhere and is not stored. A scale for the whole row is the client's strategy "channel".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from algorithms.formats.storage import WHOLE_ROW, to_storage
+from algorithms.numerics.bit_packing import pack_bits, unpack_bits
+from algorithms.numerics.uniform import UniformCodes
+
+BITS = range(2, 9)
+
+
+def pack(weight: UniformCodes, prefix: str) -> dict[str, Tensor]:
+    """The tensors of one linear, named ``<prefix>.weight_packed`` and so on.
+
+    Raises:
+        ModelError: a scale that float16 cannot hold.
+    """
+    return {
+        f"{prefix}.weight_packed": pack_bits(weight.codes, weight.bits),
+        f"{prefix}.weight_scale": to_storage(weight.scales, f"{prefix}.weight_scale"),
+        f"{prefix}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor], prefix: str, bits: int) -> UniformCodes:
+    """The inverse of :func:`pack`, with float32 scales."""
+    columns = int(tensors[f"{prefix}.weight_shape"][1])
+    scales = tensors[f"{prefix}.weight_scale"].float()
+    return UniformCodes(
+        codes=unpack_bits(tensors[f"{prefix}.weight_packed"], bits, columns),
+        scales=scales,
+        zeros=torch.full_like(scales, 1 << (bits - 1)),
+        bits=bits,
+    )
+
+
+def quantization_config(*, bits: int, group_size: int, kept_modules: Sequence[str]) -> dict[str, object]:
+    """The ``quantization_config`` of config.json.
+
+    Args:
+        bits: 2 to 8.
+        group_size: columns that share a scale; -1 stands for the whole row.
+        kept_modules: linears that stay as they are, by full module name, for instance ``lm_head``.
+    """
+    grouping = {"strategy": "channel"} if group_size == WHOLE_ROW else {"strategy": "group", "group_size": group_size}
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **grouping}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(kept_modules),
+        "kv_cache_scheme": None,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+
+
+def refusal(*, bits: int, symmetric: bool, group_size: int, has_column_groups: bool) -> str | None:
+    """Why weights of these settings cannot be written in this layout, in a sentence; None where they can.
+
+    Args:
+        bits: of a code.
+        symmetric: every zero is 2^(bits - 1).
+        group_size: columns that share a scale; -1 stands for the whole row.
+        has_column_groups: the columns of a group are not neighbours.
+    """
+    if bits not in BITS:
+        return f"compressed-tensors packs codes of 2 to 8 bits, and wbits is {bits}."
+    if not symmetric:
+        return (
+            "compressed-tensors 0.18 and later does not load packed weights with zero points in transformers; set sym: true, "
+            "or export gptq."
+        )
+    if has_column_groups:
+        return (
+            "compressed-tensors needs groups of neighbouring columns, which act_order: true with groupsize "
+            f"{group_size} gives only with static_groups: true."
+        )
+    return None

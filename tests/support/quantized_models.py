@@ -1,0 +1,69 @@
+"""Uniform codes of random matrices and of tiny models, with every code and both ends of the grid in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from algorithms.modeling.source import ModelSource
+from algorithms.numerics.uniform import UniformCodes
+from tests.support.models import save_family
+
+
+def uniform_codes(
+    rows: int, columns: int, *, bits: int, group_size: int = -1, symmetric: bool = True, seed: int = 0
+) -> UniformCodes:
+    """Random codes, scales that float16 holds exactly, and whole zeros: 2^(bits-1), or 1 to 2^bits - 1."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size == -1 else columns // group_size
+    codes = torch.randint(1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes[0, 0], codes[0, 1] = 0, (1 << bits) - 1
+    zeros = torch.full((rows, groups), float(1 << (bits - 1)))
+    if not symmetric:
+        zeros = torch.randint(1, 1 << bits, (rows, groups), generator=generator).float()
+    scales = (torch.rand(rows, groups, generator=generator) + 0.5) / (1 << bits) / columns**0.5
+    return UniformCodes(codes=codes, scales=scales.half().float(), zeros=zeros, bits=bits)
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A model whose blocks' linears are uniform codes: its folder of origin, the codes by linear, and all other tensors."""
+
+    source: ModelSource
+    codes: dict[str, UniformCodes]
+    kept: dict[str, Tensor]
+
+    def dense(self) -> torch.nn.Module:
+        """The float32 model that the codes stand for."""
+        return self.source.model_from(self.kept | {f"{name}.weight": code.dequantize() for name, code in self.codes.items()})
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The logits of the dense model."""
+        with torch.no_grad():
+            return self.dense()(input_ids=tokens, use_cache=False).logits
+
+    @property
+    def head(self) -> list[str]:
+        """The kept linear, where there is one."""
+        return ["lm_head"]
+
+
+def quantized_llama(
+    folder: Path, *, bits: int, group_size: int = -1, symmetric: bool = True, tied: bool = False, **changes: object
+) -> QuantizedModel:
+    """A tiny llama with grouped-query attention; what is not quantized is representable in float16."""
+    save_family(folder, "llama", tied=tied, hidden=64, **changes)
+    state = {name: tensor.half().float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    linears = sorted(name.removesuffix(".weight") for name in state if name.endswith("_proj.weight"))
+    codes = {
+        name: uniform_codes(
+            *state.pop(f"{name}.weight").shape, bits=bits, group_size=group_size, symmetric=symmetric, seed=seed
+        )
+        for seed, name in enumerate(linears)
+    }
+    return QuantizedModel(source=ModelSource(folder), codes=codes, kept=state)
