@@ -25,6 +25,20 @@ class Row:
 
 REGISTRY = (
     Row(
+        name="GPTQ",
+        aliases=("gptq",),
+        config_path="algorithms.quantization.gptq.config:GptqConfig",
+        class_path="algorithms.quantization.gptq.algorithm:Gptq",
+        summary="2 to 8 bits a weight, codes that make up for each other's errors; loads with transformers and vLLM",
+    ),
+    Row(
+        name="RTN",
+        aliases=("rtn",),
+        config_path="algorithms.quantization.rtn.config:RtnConfig",
+        class_path="algorithms.quantization.rtn.algorithm:Rtn",
+        summary="2 to 8 bits a weight by rounding to nearest, without data; or with rounding learned block by block",
+    ),
+    Row(
         name="AQLM",
         aliases=("aqlm",),
         config_path="algorithms.quantization.aqlm.config:AqlmConfig",

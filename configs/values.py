@@ -168,6 +168,28 @@ class Nullable:
         return None if value is None or (self.unset and value == "") else self.inner(value)
 
 
+@dataclass(frozen=True)
+class Overwrite:
+    """Reads true, false, or the stages to run again."""
+
+    stages: tuple[str, ...]
+
+    def __call__(self, value: object) -> bool | tuple[str, ...]:
+        """The value, or the error that lists the stages."""
+        what = f"true, false, or some of the stages {', '.join(self.stages)}"
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.casefold() in ("true", "false"):
+            return value.casefold() == "true"
+        if value is None:
+            raise expected(what)
+        given = names(value)
+        for name in given:
+            if name not in self.stages:
+                raise expected(what, nearest_name(name, self.stages))
+        return given or False
+
+
 def flag(value: object) -> bool:
     """Reads true or false; 1 and 0 are numbers."""
     if isinstance(value, bool):

@@ -65,7 +65,8 @@ def fit_grid(columns: Tensor, weights: Tensor, *, bits: int, symmetric: bool, se
         zeros = torch.full_like(full, 1 << (bits - 1))
     else:
         full = (high - low) / top
-        zeros = torch.round(-low / full.clamp(min=SMALLEST_SCALE)).clamp_(0, top)
+        # A zero of 0 is left out: GPTQ's layout stores zero - 1, and its clients disagree on what -1 means.
+        zeros = torch.round(-low / full.clamp(min=SMALLEST_SCALE)).clamp_(1, top)
     scales = stored_scales(full)
     if not search:
         return scales, zeros

@@ -17,6 +17,8 @@ _INSTALL = {
     "aqlm": "pip install aqlm",
     "compressed-tensors": "pip install compressed-tensors",
     "awq": "pip install gptqmodel",
+    "gptq": "pip install gptqmodel",
+    "auto-round": "pip install auto-round",
     "gguf": "pip install gguf",
 }
 

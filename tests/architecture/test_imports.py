@@ -17,7 +17,7 @@ ALLOWED = {
     "algorithms": set(),
     "algorithms.registry": {"configs"},
     "algorithms.base": {"algorithms.modeling"},
-    "algorithms.blockwise": {"algorithms.base", "algorithms.formats", "algorithms.modeling", "algorithms.numerics"},
+    "algorithms.blockwise": {f"algorithms.{unit}" for unit in ("base", "finetuning", "formats", "modeling", "numerics")},
     "algorithms.finetuning": {"algorithms.numerics", "algorithms.modeling"},
     "algorithms.formats": {"algorithms.numerics", "algorithms.modeling"},
     "algorithms.modeling": {"algorithms.numerics"},

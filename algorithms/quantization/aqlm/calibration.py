@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from algorithms.blockwise import round_to_storage
+from algorithms.blockwise.stages import round_to_storage
 from algorithms.finetuning.block_tuning import TuningSettings, tune_block
 from algorithms.formats.aqlm import dense_state, pack
 from algorithms.formats.storage import to_storage

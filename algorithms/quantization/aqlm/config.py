@@ -27,13 +27,13 @@ from configs.values import (
     OptionalPath,
     OptionalPositive,
     OptionalText,
+    Overwrite,
     Positive,
     Real,
     Seed,
     Whole,
     expected,
     names,
-    nearest_name,
 )
 
 STAGES = ("calibration", "finetune", "conversion")
@@ -53,21 +53,6 @@ NO_CODE = "null: code from a recipe is never run"
 TRUST = Inert(False, "only TRUST_REMOTE_CODE at the top of the recipe counts")
 FAST_TOKENIZER = Inert(True, "the fast tokenizer is always used")
 SET_BY_JOB = Inert(None, "the job sets it")
-
-
-def _overwrite(value: object) -> bool | tuple[str, ...]:
-    """Reads true, false, or the stages to run again."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.casefold() in ("true", "false"):
-        return value.casefold() == "true"
-    if value is None:
-        raise expected(f"true, false, or some of the stages {', '.join(STAGES)}")
-    given = names(value)
-    for name in given:
-        if name not in STAGES:
-            raise expected(f"true, false, or some of the stages {', '.join(STAGES)}", nearest_name(name, STAGES))
-    return given or False
 
 
 class CalibrationConfig(Parameters):
@@ -307,7 +292,7 @@ class AqlmConfig(AlgorithmParameters):
 
     save_intermediate_results: Flag = False
     dtype: FloatDtype = "float16"
-    overwrite: Annotated[bool | tuple[str, ...], BeforeValidator(_overwrite)] = False
+    overwrite: Annotated[bool | tuple[str, ...], BeforeValidator(Overwrite(STAGES))] = False
     calibration_config: CalibrationConfig = Field(default_factory=CalibrationConfig)
     finetune_config: FinetuneConfig | None = Field(default_factory=FinetuneConfig)
     conversion_config: ConversionConfig = Field(default_factory=ConversionConfig)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from algorithms import blockwise
 from algorithms.base import Artifact, StageContext
+from algorithms.blockwise import stages as blockwise
 from algorithms.formats.aqlm import dense_state, quantization_config
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
 from algorithms.quantization.aqlm.calibration import AqlmCompressor
@@ -20,7 +20,7 @@ CONVERTED = "aqlm-conversion"
 
 
 def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
-    """Compress every block in order; see :func:`algorithms.blockwise.calibrate`."""
+    """Compress every block in order; see :func:`algorithms.blockwise.stages.calibrate`."""
     source = context.source.with_attention(config.attn_implementation)
     how = blockwise.Calibration(
         name="AQLM",
@@ -30,7 +30,7 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
         sequence_length=config.sequence_length,
         dtype=config.dtype,
         offload=config.offload_activations,
-        facts=codebook_sizes(config),
+        facts=lambda reports: codebook_sizes(config),
     )
     return blockwise.calibrate(context, source, AqlmCompressor(config, source.architecture.linears), how)
 

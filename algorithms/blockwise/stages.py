@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ class Calibration:
 
     ``name`` is shown to the user, ``kind`` marks the artifact. ``follows_original`` takes targets from the original model's own
     hidden states, ``sequential`` gathers statistics group by group. Hidden states are kept in ``dtype``, on the CPU with
-    ``offload``. ``facts`` are what a reader of the folder must know; they go into calibration.json.
+    ``offload``. ``facts`` makes what a reader of the folder must know from the reports of all blocks, for calibration.json.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Calibration:
     sequence_length: int
     dtype: str = "auto"
     offload: bool = True
-    facts: Mapping[str, object] = field(default_factory=dict)
+    facts: Callable[[Sequence[Mapping[str, object]]], Mapping[str, object]] = lambda reports: {}
 
 
 def calibrate(context: StageContext, source: ModelSource, compressor: BlockCompressor, how: Calibration) -> Artifact:
@@ -71,13 +72,18 @@ def calibrate(context: StageContext, source: ModelSource, compressor: BlockCompr
             device=context.device,
             on_block=_on_block,
         )
-    atomic_write_json(directory / "calibration.json", {**how.facts, "blocks": reports})
+    atomic_write_json(directory / "calibration.json", {**how.facts(reports), "blocks": reports})
     return Artifact(kind=how.kind, directory=directory, digest=folder_digest(directory))
 
 
-def facts(calibrated: Path) -> Mapping[str, object]:
+def facts(calibrated: Path) -> Mapping[str, Any]:
     """What calibration.json says of a calibration folder."""
-    return json.loads((calibrated / "calibration.json").read_text(encoding="utf-8"))
+    return read_json(calibrated / "calibration.json")
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 Exporter = Callable[[Calibrated, Path], None]

@@ -1,0 +1,133 @@
+"""The two stages of a method with codes, calibration and conversion, put together from what its plugin brings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic
+
+from torch import nn
+
+from algorithms.base import Artifact, StageContext, StageSpec, TokenRequest
+from algorithms.blockwise import stages
+from algorithms.blockwise.coded import CodedCompressor, Method, Weight
+from algorithms.blockwise.config import BlockwiseParameters
+from algorithms.modeling.files import atomic_write_json
+from algorithms.modeling.source import ModelSource
+
+BITS = "bits_report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(Generic[Weight]):
+    """A method with codes.
+
+    ``config`` holds the keys of the recipe, ``method`` the mathematics, ``version`` changes with it. ``exporters`` write a
+    calibration as each format; ``read_export`` reads a folder of the first format back, without its client. ``needs_text`` is
+    false where nothing of the result depends on data.
+    """
+
+    config: BlockwiseParameters
+    method: Method[Weight]
+    exports: Sequence[str]
+    exporters: Mapping[str, stages.Exporter]
+    read_export: Callable[[Path], nn.Module]
+    needs_text: bool = True
+    version: int = 1
+
+    @property
+    def calibrated_kind(self) -> str:
+        """Marks what the calibration leaves."""
+        return f"{self.method.name}-calibration"
+
+    def specs(self) -> tuple[StageSpec, ...]:
+        """Both stages, with the settings that shape each."""
+        config = self.config
+        request = TokenRequest(
+            num_samples=config.num_samples,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            validation_samples=config.held_out,
+        )
+        return (
+            StageSpec(
+                name="calibration",
+                run=self._calibrate,
+                directory="calibration",
+                kind=self.calibrated_kind,
+                settings=config.shaping,
+                tokens=request if self.needs_text else None,
+                reuse_on_new_data=True,
+                version=self.version,
+            ),
+            StageSpec(
+                name="conversion",
+                run=self._convert,
+                directory="converted",
+                kind=f"{self.method.name}-conversion",
+                settings={"exports": list(self.exports)},
+            ),
+        )
+
+    def load(self, artifact: Artifact) -> nn.Module:
+        """A calibration or an export as a float32 model."""
+        if artifact.kind == self.calibrated_kind:
+            return stages.load_calibrated(artifact.directory, self.method.dense_state)
+        return self.read_export(artifact.directory)
+
+    def bits(self, artifact: Artifact) -> Mapping[str, float]:
+        """Stored bits by component over all compressed linears, and ``parameters``, the number of weights they hold."""
+        if artifact.kind == self.calibrated_kind:
+            return stages.facts(artifact.directory)["bits"]
+        return stages.read_json(artifact.directory / BITS)
+
+    def _calibrate(self, context: StageContext, _artifact: Artifact) -> Artifact:
+        config = self.config
+        source = context.source.with_attention(config.attn_implementation)
+        compressor = CodedCompressor(self.method, source.architecture.linears, tuning=config.block_tuning, seed=config.seed)
+        how = stages.Calibration(
+            name=self.method.name,
+            kind=self.calibrated_kind,
+            follows_original=config.targets == "original",
+            sequential=config.true_sequential,
+            sequence_length=config.sequence_length,
+            dtype=config.dtype,
+            offload=config.offload_activations,
+            facts=lambda reports: {"bits": _total(reports)},
+        )
+        return stages.calibrate(context, source, compressor, how)
+
+    def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:
+        atomic_write_json(context.output_dir / BITS, self.bits(artifact))
+        kind = f"{self.method.name}-conversion"
+        return stages.convert(context, artifact, kind=kind, exports=self.exports, exporters=self.exporters)
+
+
+def check_groups(source: ModelSource, group_size: int, key: str) -> None:
+    """Every linear's columns must be a whole number of groups.
+
+    Raises:
+        ValueError: lists all linears that are not, and names the ``key``.
+    """
+    block = source.skeleton().get_submodule(f"{source.architecture.blocks}.0")
+    shapes = {name: tuple(block.get_submodule(name).weight.shape) for name in source.architecture.linears}
+    wrong = [f"{name} [{rows}, {columns}]" for name, (rows, columns) in shapes.items() if columns % group_size]
+    if group_size > 0 and wrong:
+        raise ValueError(f"{key}: groups of {group_size} columns do not divide {', '.join(wrong)}; -1 takes whole rows.")
+
+
+def dense_reader(directory: Path) -> nn.Module:
+    """An export of plain weights in float32."""
+    return stages.load_checkpoint(directory, dict)
+
+
+def _total(reports: Sequence[Mapping[str, object]]) -> Mapping[str, float]:
+    totals: Counter[str] = Counter()
+    for report in reports:
+        linears = report["linears"]
+        assert isinstance(linears, Mapping)
+        for linear in linears.values():
+            totals.update(linear["bits"])
+    return dict(totals)

@@ -1,0 +1,164 @@
+"""Uniform codes in every format whose clients read them: which format can hold a setting, its writer and its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from algorithms.blockwise.stages import Exporter, load_checkpoint, read_json
+from algorithms.formats import compressed_tensors, gguf, gptq, uniform
+from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
+from algorithms.modeling.companions import copy_companions
+from algorithms.modeling.source import ModelSource
+from algorithms.numerics.uniform import UniformCodes
+
+FORMATS = ("compressed-tensors", "gptq", "auto-round", "gguf", "dense")
+
+_REFUSALS: Mapping[str, Callable[..., str | None]] = {
+    "compressed-tensors": compressed_tensors.refusal,
+    "gptq": gptq.refusal,
+    "auto-round": gptq.auto_round_refusal,
+    "gguf": gguf.refusal,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What decides how codes can be stored. ``group_size`` -1 is the whole row; ``has_column_groups``: see UniformCodes."""
+
+    bits: int
+    symmetric: bool
+    group_size: int
+    has_column_groups: bool = False
+
+    def refusal(self, name: str) -> str | None:
+        """Why a format cannot hold codes of this setting, in a sentence; None where it can."""
+        if name not in _REFUSALS:
+            return None
+        return _REFUSALS[name](
+            bits=self.bits,
+            symmetric=self.symmetric,
+            group_size=self.group_size,
+            has_column_groups=self.has_column_groups,
+        )
+
+    def first_format(self) -> str:
+        """The first format that can hold the codes."""
+        return next(name for name in FORMATS if self.refusal(name) is None)
+
+
+def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource) -> None:
+    """Refuse formats that cannot hold what the recipe asks for.
+
+    Raises:
+        ValueError: names every such format, with its reason.
+    """
+    reasons = {name: setting.refusal(name) for name in exports}
+    if "gguf" in exports and reasons["gguf"] is None:
+        reasons["gguf"] = gguf.architecture_refusal(source.raw_config())
+    said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if said:
+        raise ValueError(" ".join(said))
+
+
+def exporters(setting: Setting) -> Mapping[str, Exporter]:
+    """The writer of every format."""
+    return {
+        "compressed-tensors": partial(_write_compressed_tensors, setting=setting),
+        "gptq": partial(_write_gptq, setting=setting),
+        "auto-round": partial(_write_auto_round, setting=setting),
+        "gguf": _write_gguf,
+        "dense": partial(write_dense, dense_state=uniform.dense_state),
+    }
+
+
+def read_export(directory: Path) -> nn.Module:
+    """A folder in any of the formats as a float32 model; all but GGUF are read by our own unpacking."""
+    if (directory / gguf.FILE_NAME).is_file():
+        return AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf.FILE_NAME, dtype=torch.float32)
+    settings = read_json(directory / "config.json").get("quantization_config")
+    if settings is None:
+        return load_checkpoint(directory, dict)
+    if settings["quant_method"] == "compressed-tensors":
+        bits = settings["config_groups"]["group_0"]["weights"]["num_bits"]
+        unpack = partial(compressed_tensors.unpack, bits=bits)
+        return load_checkpoint(directory, partial(_decoded, key="weight_packed", unpack=unpack))
+    offset = gptq.FIRST_VERSION
+    if settings["quant_method"] == "auto-round":
+        offset = gptq.auto_round_zero_offset(settings["sym"])
+    unpack = partial(gptq.unpack, bits=settings["bits"], zero_offset=offset)
+    return load_checkpoint(directory, partial(_decoded, key="qweight", unpack=unpack))
+
+
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "qweight", "qzeros", "scales", "g_idx")
+
+
+def _decoded(
+    tensors: Mapping[str, Tensor], key: str, unpack: Callable[[Mapping[str, Tensor], str], UniformCodes]
+) -> dict[str, Tensor]:
+    packed = [name.removesuffix(f".{key}") for name in tensors if name.endswith(f".{key}")]
+    inside = {f"{prefix}.{part}" for prefix in packed for part in _PARTS}
+    state = {name: tensor for name, tensor in tensors.items() if name not in inside}
+    return state | {f"{prefix}.weight": unpack(tensors, prefix).dequantize() for prefix in packed}
+
+
+def _repacked(tensors: Mapping[str, Tensor], pack: Callable[[UniformCodes, str], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    state = uniform.rest(tensors)
+    for prefix in uniform.packed_linears(list(tensors)):
+        state |= pack(uniform.unpack(tensors, prefix), prefix)
+    return state
+
+
+def _write_compressed_tensors(calibrated: Calibrated, directory: Path, setting: Setting) -> None:
+    settings = compressed_tensors.quantization_config(
+        bits=setting.bits, group_size=setting.group_size, kept_modules=(calibrated.source.architecture.head,)
+    )
+    write_checkpoint(calibrated, directory, partial(_repacked, pack=compressed_tensors.pack), settings)
+
+
+def _write_gptq(calibrated: Calibrated, directory: Path, setting: Setting) -> None:
+    settings = gptq.quantization_config(
+        bits=setting.bits,
+        group_size=setting.group_size,
+        symmetric=setting.symmetric,
+        column_groups=setting.has_column_groups,
+        kept_modules=(calibrated.source.architecture.head,),
+    )
+    write_checkpoint(calibrated, directory, partial(_repacked, pack=gptq.pack), settings)
+
+
+def _write_auto_round(calibrated: Calibrated, directory: Path, setting: Setting) -> None:
+    settings = gptq.auto_round_config(
+        bits=setting.bits,
+        group_size=setting.group_size,
+        symmetric=setting.symmetric,
+        kept_modules=(calibrated.source.architecture.head,),
+    )
+    pack = partial(gptq.pack, zero_offset=gptq.auto_round_zero_offset(setting.symmetric))
+    write_checkpoint(calibrated, directory, partial(_repacked, pack=pack), settings)
+
+
+def _write_gguf(calibrated: Calibrated, directory: Path) -> None:
+    gguf.write(
+        directory,
+        source_config=calibrated.source.raw_config(),
+        tensors=_named(calibrated),
+        tokenizer_folder=calibrated.directory if (calibrated.directory / "tokenizer.json").is_file() else None,
+    )
+    copy_companions(calibrated.directory, directory)
+
+
+def _named(calibrated: Calibrated) -> Iterator[tuple[str, Tensor | UniformCodes]]:
+    """Every tensor of the model by its full name, packed linears as codes under their weight's name."""
+    yield from calibrated.outside().items()
+    for index, tensors in calibrated.blocks():
+        prefix = calibrated.source.block_prefix(index)
+        yield from ((prefix + name, tensor) for name, tensor in uniform.rest(tensors).items())
+        for name in uniform.packed_linears(list(tensors)):
+            yield f"{prefix}{name}.weight", uniform.unpack(tensors, name)
