@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from algorithms.formats.storage import to_storage
-from algorithms.numerics.additive import AdditiveCodes
+from algorithms.numerics.codebooks.additive import AdditiveCodes
 
 
 def pack(weight: AdditiveCodes, prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What the layouts of this folder share: float16 storage, and reading their settings."""
+"""The float16 values in which every format stores what is not codes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from torch import Tensor
 
 from algorithms.modeling.source import ModelError
 
-WHOLE_ROW = -1
+STORAGE = torch.float16
+WHOLE_ROW = -1  # the group size that stands for all columns
 
 
 def to_storage(tensor: Tensor, name: str) -> Tensor:
-    """A floating tensor in float16, the layouts' only floating type.
+    """A floating tensor in float16.
 
     Raises:
         ModelError: a value beyond float16's range.
     """
-    stored = tensor.to(torch.float16)
+    stored = tensor.to(STORAGE)
     if not torch.isfinite(stored).all():
-        raise ModelError(f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, which the format stores")
+        raise ModelError(
+            f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, in which compressed models are stored"
+        )
     return stored
 
 

@@ -97,7 +97,11 @@ class Activations:
         """Replace the hidden states by what block ``index`` makes of them, batch by batch: no second copy is held."""
         with torch.no_grad():
             for place, batch in enumerate(self):
-                self.batches[place] = self._keep(self.arguments.run(block, index, batch), place)
+                self.take(place, self.arguments.run(block, index, batch))
+
+    def take(self, place: int, outputs: Tensor) -> None:
+        """Replace one batch by what a block has made of it."""
+        self.batches[place] = self._keep(outputs, place)
 
     def copy(self) -> Activations:
         """A second list over the same tensors, which ``advance`` on either leaves to the other."""

@@ -21,13 +21,15 @@ class ModelArchitecture:
     """One row: module paths of a family's causal LM.
 
     ``input_groups`` are the linears of one block that are compressed; those in the same tuple read the same input.
-    ``head`` is the output projection, which stays uncompressed (and may be tied to the embeddings).
+    ``head`` is the output projection, which stays uncompressed (and may be tied to the embeddings). The outputs of
+    ``residual_writers`` are added to the residual stream as they are.
     """
 
     model_type: str
     blocks: str = "model.layers"
     head: str = "lm_head"
     input_groups: tuple[tuple[str, ...], ...] = _LLAMA_GROUPS
+    residual_writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
 
     @property
     def linears(self) -> tuple[str, ...]:

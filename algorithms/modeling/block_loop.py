@@ -1,14 +1,14 @@
 """THE block loop: every method that compresses a model block by block runs through it.
 
-Blocks are visited in order. The inputs of a block come from the compressed prefix, so that later blocks see, and can make up
-for, the errors of earlier ones; what a block should produce comes from the original model.
+Blocks are visited in order, and in a block the groups of linears that share an input, so that each sees, and can make up for,
+the errors of everything before it; what should come out is taken from the original model.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.modeling.activations import Activations
+from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_store import BlockStore
-from algorithms.modeling.input_capture import linear_at, listening, paired_statistics, plain_statistics
+from algorithms.modeling.group_walk import GroupWalk, linear_at
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.statistics import InputStatistics
 
@@ -35,14 +36,29 @@ class BlockData:
 
 
 class BlockCompressor(Protocol):
-    """What the block loop asks of a method."""
+    """What the block loop asks of a method.
 
-    def compress_linear(self, index: int, name: str, linear: nn.Linear, statistics: InputStatistics) -> nn.Module:
-        """A module that takes the place of ``linear`` in block ``index``."""
+    ``tunes`` says whether ``finish_block`` works on the block with :class:`BlockData`. Where it does not, the modules of
+    ``compress_group`` must compute at once what will be stored: the block's outputs then follow without another pass.
+    """
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a block is worked on as a whole once its linears are replaced."""
         ...
 
-    def finish_block(self, index: int, block: nn.Module, data: BlockData) -> Mapping[str, object]:
-        """Work on the block as a whole once its linears are replaced (tuning); returns figures for its report."""
+    def prepare_block(self, index: int, block: nn.Module) -> None:
+        """Change a block before its statistics are gathered (rounding of what is not compressed)."""
+        ...
+
+    def compress_group(
+        self, index: int, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None
+    ) -> Mapping[str, nn.Module]:
+        """Modules that take the places of linears that share an input; without data there are no statistics."""
+        ...
+
+    def finish_block(self, index: int, block: nn.Module, data: BlockData | None) -> dict[str, object]:
+        """Work on the block as a whole if the method tunes; returns figures for the block's report."""
         ...
 
     def freeze_block(self, block: nn.Module) -> dict[str, Tensor]:
@@ -58,8 +74,8 @@ class BlockCompressor(Protocol):
 class Streams:
     """Hidden states before the current block: of the compressed prefix and, where ``reference`` is set, of the original model.
 
-    With a reference, layers and blocks are asked for what the original model computes, and so undo the error they are handed.
-    Without, for what they would have made of the compressed prefix. Either way two sets of hidden states are held.
+    With a reference, linears that write to the residual stream, and blocks, are asked for what brings the stream back to the
+    original model's, and so undo the error they are handed. Without, for what they would have made of the compressed prefix.
     """
 
     training: Activations
@@ -80,87 +96,133 @@ class Streams:
 def compress_blockwise(
     source: ModelSource,
     compressor: BlockCompressor,
-    streams: Streams,
+    streams: Streams | None,
     *,
     store: BlockStore,
     sequential: bool,
+    device: torch.device,
     on_block: Callable[[int, Mapping[str, object]], None],
 ) -> None:
     """Compress every block that ``store`` does not hold yet, in order, and store it.
 
     ``sequential`` gathers each input group's statistics after the earlier groups of the same block were replaced, which a
-    reference implies. Targets are original outputs all the same. ``on_block`` hears of each block with its report.
+    reference implies. Without ``streams`` no data is used at all. ``on_block`` hears of each block with its report.
     """
-    device = streams.training.device
+    last = source.num_blocks - 1
     for index in range(source.num_blocks):
-        block = source.load_block(index, device=device)
-        stored = store.load(index)
-        if stored is None:
-            report = _compress_block(source, compressor, streams, block, index, sequential)
-            store.save(index, compressor.freeze_block(block), report)
-        else:
+        block, stored = source.load_block(index, device=device), store.load(index)
+        if stored is not None:
             tensors, report = stored
-            streams.advance_reference(block, index)
-            compressor.restore_block(block, {name: tensor.to(device) for name, tensor in tensors.items()})
-        streams.advance(block, index)
+            if streams is not None and index < last:
+                streams.advance_reference(block, index)
+                compressor.restore_block(block, {name: tensor.to(device) for name, tensor in tensors.items()})
+                streams.advance(block, index)
+        elif streams is None:
+            report = _compress_without_data(source.architecture, compressor, block, index, store)
+        else:
+            in_order = sequential or streams.reference is not None
+            step = _BlockStep(source.architecture, compressor, streams, index, index == last, in_order)
+            report = step.compress(block, store)
         on_block(index, report)
 
 
-def _compress_block(
-    source: ModelSource, compressor: BlockCompressor, streams: Streams, block: nn.Module, index: int, sequential: bool
-) -> Mapping[str, object]:
-    if streams.reference is not None:
-        data = _compress_against_original(source, compressor, streams, block, index)
-    else:
-        data = _compress_against_prefix(source, compressor, streams, block, index, sequential)
-    return compressor.finish_block(index, block, data)
+@dataclass(frozen=True)
+class _BlockStep:
+    """The work on one block, with data."""
 
+    architecture: ModelArchitecture
+    compressor: BlockCompressor
+    streams: Streams
+    index: int
+    is_last: bool
+    in_order: bool
 
-def _compress_against_original(
-    source: ModelSource, compressor: BlockCompressor, streams: Streams, block: nn.Module, index: int
-) -> BlockData:
-    assert streams.reference is not None
-    original = copy.deepcopy(block)
-    for group in source.architecture.input_groups:
-        statistics = paired_statistics(group[0], index, (block, streams.training), (original, streams.reference[0]))
-        _replace(compressor, block, index, group, statistics)
-    streams.advance_reference(original, index)
-    training, validation = streams.reference
-    # The lists are copied, not the tensors: the next block advances the reference while these targets are long done with.
-    return _data(streams, training.copy(), validation.copy())
+    def compress(self, block: nn.Module, store: BlockStore) -> Mapping[str, object]:
+        """Compress and store the block, and let the streams pass it; returns its report."""
+        original = copy.deepcopy(block)
+        self.compressor.prepare_block(self.index, block)
+        figures = self._compress_all(block, original)
+        data = self._data(original) if self.compressor.tunes else None
+        report = {**self.compressor.finish_block(self.index, block, data), **figures}
+        store.save(self.index, self.compressor.freeze_block(block), report)
+        if not self.is_last:
+            if self.compressor.tunes or not self.in_order:
+                self.streams.training.advance(block, self.index)
+            self.streams.validation.advance(block, self.index)
+        return report
 
-
-def _compress_against_prefix(
-    source: ModelSource, compressor: BlockCompressor, streams: Streams, block: nn.Module, index: int, sequential: bool
-) -> BlockData:
-    groups = source.architecture.input_groups
-    validation = streams.validation.through(block, index)
-    with listening(() if sequential else groups, block) as gathered:
-        targets = streams.training.through(block, index)
-    for place, group in enumerate(groups):
-        statistics = plain_statistics(group[0], index, block, streams.training) if sequential else gathered[place]
-        _replace(compressor, block, index, group, statistics)
-    return _data(streams, targets, validation)
-
-
-def _data(streams: Streams, targets: Activations, validation_targets: Activations) -> BlockData:
-    return BlockData(
-        inputs=streams.training,
-        targets=targets,
-        validation_inputs=streams.validation,
-        validation_targets=validation_targets,
-    )
-
-
-def _replace(
-    compressor: BlockCompressor, block: nn.Module, index: int, group: Sequence[str], statistics: InputStatistics
-) -> None:
-    if statistics.num_skipped:
-        logger.warning(
-            "block %d: %d tokens with infinite or NaN inputs of %s left out", index, statistics.num_skipped, ", ".join(group)
+    def _compress_all(self, block: nn.Module, original: nn.Module) -> dict[str, object]:
+        """Group by group. Unless tuning follows, which would change them, the block's outputs are taken at once."""
+        training, reference = self.streams.training, None
+        if self.streams.reference is not None:
+            reference, held_out = self.streams.reference
+        walk = GroupWalk(
+            self.architecture,
+            self.index,
+            block=block,
+            original=original,
+            current=training.copy(),
+            reference=None if reference is None else reference.copy(),
         )
-    for name in group:
-        block.set_submodule(name, compressor.compress_linear(index, name, linear_at(block, name), statistics))
+        groups = self.architecture.input_groups
+        with walk:
+            # In order, a group's statistics are taken when those before it are compressed; else when none is.
+            gathered = (walk.statistics(group) for group in groups)
+            for group, statistics in zip(groups, gathered if self.in_order else list(gathered), strict=True):
+                for name, module in self._compressed({name: walk.linear(name) for name in group}, statistics).items():
+                    walk.replace(name, module)
+            if reference is not None:
+                for place, output in enumerate(walk.reference_outputs()):
+                    reference.take(place, output)
+                held_out.advance(original, self.index)
+            takes_outputs = self.in_order and not self.compressor.tunes and not (self.is_last and reference is None)
+            return _take_outputs(walk, training, reference) if takes_outputs else {}
+
+    def _compressed(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics) -> Mapping[str, nn.Module]:
+        if statistics.num_skipped:
+            names, count = ", ".join(linears), statistics.num_skipped
+            logger.warning("block %d: %d tokens with infinite or NaN inputs of %s left out", self.index, count, names)
+        return self.compressor.compress_group(self.index, linears, statistics)
+
+    def _data(self, original: nn.Module) -> BlockData:
+        streams = self.streams
+        if streams.reference is not None:
+            # The lists are copied, not the tensors: the next block advances the reference while these are long done with.
+            targets, validation_targets = (activations.copy() for activations in streams.reference)
+        else:
+            passing = (streams.training, streams.validation)
+            targets, validation_targets = (activations.through(original, self.index) for activations in passing)
+        return BlockData(
+            inputs=streams.training,
+            targets=targets,
+            validation_inputs=streams.validation,
+            validation_targets=validation_targets,
+        )
+
+
+def _compress_without_data(
+    architecture: ModelArchitecture, compressor: BlockCompressor, block: nn.Module, index: int, store: BlockStore
+) -> Mapping[str, object]:
+    compressor.prepare_block(index, block)
+    for group in architecture.input_groups:
+        linears = {name: linear_at(block, name) for name in group}
+        for name, module in compressor.compress_group(index, linears, None).items():
+            block.set_submodule(name, module)
+    report = compressor.finish_block(index, block, None)
+    store.save(index, compressor.freeze_block(block), report)
+    return report
+
+
+def _take_outputs(walk: GroupWalk, training: Activations, reference: Activations | None) -> dict[str, object]:
+    """Pass the block; with a reference, returns how far from it the outputs are."""
+    error = power = 0.0
+    for place, output in enumerate(walk.outputs()):
+        training.take(place, output)
+        if reference is not None:
+            target = reference.compute(reference.batches[place])
+            error += torch.sum((output - target).square(), dtype=torch.float64).item()
+            power += torch.sum(target.square(), dtype=torch.float64).item()
+    return {} if reference is None else {"output_error": error / power if power else 0.0}
 
 
 @torch.no_grad()

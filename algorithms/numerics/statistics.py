@@ -8,47 +8,51 @@ from torch import Tensor
 # Share of the mean diagonal of H that is added before it is inverted: directions that the calibration text hardly shows carry
 # no evidence of how to correct a weight along them.
 _RIDGE = 0.01
+# Columns whose products with themselves and all later ones are taken at once: narrower panels compute less twice, wider ones
+# keep the product efficient.
+_GRAM_PANEL = 128
 
 
 class InputStatistics:
     """Streaming mean of x x^T over tokens: the project's one Hessian convention, H = E[x x^T], without a factor 2.
 
-    With ``paired``, each token comes with the input r that the same layer has in the original model, and E[r x^T] is gathered
+    With ``out_features``, each token comes with the output t that the layer is wanted to have for it, and E[t x^T] is gathered
     too. Products are taken in float32 and summed in float64, so the result does not depend on how the tokens were batched
     beyond float32 rounding of one batch. Tokens with a non-finite value are left out and counted.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu", *, paired: bool = False) -> None:
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", *, out_features: int | None = None) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
-        self._cross = torch.zeros_like(self._sum) if paired else None
-        self._factor: Tensor | None = None  # of the damped sum, for all linears that share this input
+        self._wanted = (
+            None if out_features is None else torch.zeros(out_features, in_features, dtype=torch.float64, device=device)
+        )
         self.num_tokens = 0
         self.num_skipped = 0
 
-    def update(self, inputs: Tensor, reference: Tensor | None = None) -> None:
-        """Add tokens [..., in_features] and, where the statistics are paired, the original model's inputs of the same shape.
+    def update(self, inputs: Tensor, wanted: Tensor | None = None) -> None:
+        """Add tokens [..., in_features] and, where the statistics gather them, the outputs [..., out_features] wanted for them.
 
         Raises:
-            ValueError: a reference without pairing, or pairing without a reference.
+            ValueError: wanted outputs that the statistics do not gather, or none where they do.
         """
-        if (reference is None) != (self._cross is None):
-            raise ValueError("paired statistics need a reference for every token, others take none")
+        if (wanted is None) != (self._wanted is None):
+            raise ValueError("statistics with out_features need the wanted output of every token, others take none")
         rows = _rows(inputs)
-        originals = rows if reference is None else _rows(reference)
-        finite = torch.isfinite(rows.sum(1) + originals.sum(1))
+        outputs = None if wanted is None else _rows(wanted)
+        finite = torch.isfinite(rows.sum(1) if outputs is None else rows.sum(1) + outputs.sum(1))
         if not finite.all():
             self.num_skipped += int((~finite).sum())
-            rows, originals = rows[finite], originals[finite]
-        self._sum += rows.T @ rows
-        if self._cross is not None:
-            self._cross += originals.T @ rows
+            rows, outputs = rows[finite], None if outputs is None else outputs[finite]
+        _add_gram(self._sum, rows)
+        if self._wanted is not None and outputs is not None:
+            self._wanted += outputs.T @ rows
         self.num_tokens += rows.shape[0]
 
     def merge(self, other: InputStatistics) -> None:
         """Add what another process or batch has gathered."""
         self._sum += other._sum
-        if self._cross is not None and other._cross is not None:
-            self._cross += other._cross
+        if self._wanted is not None and other._wanted is not None:
+            self._wanted += other._wanted
         self.num_tokens += other.num_tokens
         self.num_skipped += other.num_skipped
 
@@ -66,26 +70,32 @@ class InputStatistics:
         return (self._sum / self.num_tokens).float()
 
     def corrected(self, matrix: Tensor) -> Tensor:
-        """The weight that best gives the original outputs W r from the inputs x that the layer has now; W itself if unpaired.
+        """The weight that best gives the wanted outputs t from the inputs x; ``matrix`` itself where none were gathered.
 
-        It minimises E|V x - W r|^2 plus a small ridge around W: V = W + W (E[r x^T] - H) (H + ridge)^-1. Since
-        E|V' x - W r|^2 = <(V' - V) H, V' - V> + const without the ridge, compressing V under H makes up for errors made before.
+        It minimises E|V x - t|^2 plus a small ridge around W: V = W + (E[t x^T] - W H) (H + ridge)^-1. Without the ridge,
+        E|V' x - t|^2 = <(V' - V) H, V' - V> + const, so compressing V under H makes up for errors made before this layer.
 
         Args:
             matrix: W, [out_features, in_features].
         """
-        if self._cross is None or self.num_tokens == 0:
+        if self._wanted is None or self.num_tokens == 0:
             return matrix
-        if self._factor is None:
-            damped = self._sum.clone()
-            damped.diagonal().add_(_RIDGE * self._sum.diagonal().mean())
-            self._factor, failed = torch.linalg.cholesky_ex(damped)
-            if failed:
-                self._factor = torch.eye(self._sum.shape[0], dtype=torch.float64, device=matrix.device)
-                self._cross = self._sum.clone()  # no correction can be computed: none is made
-        wide = matrix.double()
-        drift = (wide @ self._cross).sub_(wide @ self._sum).T
-        return matrix + torch.cholesky_solve(drift, self._factor).T.to(matrix.dtype)
+        damped = self._sum.clone()
+        damped.diagonal().add_(_RIDGE * self._sum.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            return matrix  # no correction can be computed: none is made
+        drift = (self._wanted - matrix.double() @ self._sum).T
+        return matrix + torch.cholesky_solve(drift, factor).T.to(matrix.dtype)
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add x^T x to ``total`` [n, n], of which only the panels on and above the diagonal are computed."""
+    for first in range(0, rows.shape[1], _GRAM_PANEL):
+        last = first + _GRAM_PANEL
+        panel = rows[:, first:last].T @ rows[:, first:]
+        total[first:last, first:] += panel
+        total[last:, first:last] += panel[:, _GRAM_PANEL:].T
 
 
 def _rows(inputs: Tensor) -> Tensor:

@@ -48,27 +48,117 @@ class UniformCodes:
 
     def rows(self, start: int, stop: int) -> UniformCodes:
         """The codes of some output rows."""
-        return replace(
-            self, codes=self.codes[start:stop], scales=self.scales[start:stop], zeros=self.zeros[start:stop]
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], zeros=self.zeros[start:stop])
+
+
+def fit_grid(columns: Tensor, weights: Tensor, *, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
+    """Scales and whole zeros [O] of one group, from its columns [g, O]; scales are float16 values.
+
+    The grid spans the range of each row's weights and zero. With ``search`` the range is shrunk, in 24 steps to 0.4 of it at
+    the most, to the least squared error under ``weights`` [g]: what clipping a few weights costs, finer steps can give back.
+    A row of zeros gets the smallest scale.
+    """
+    top = (1 << bits) - 1
+    low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
+    if symmetric:
+        full = torch.maximum(-low, high) * 2 / top
+        zeros = torch.full_like(full, 1 << (bits - 1))
+    else:
+        full = (high - low) / top
+        zeros = torch.round(-low / full.clamp(min=SMALLEST_SCALE)).clamp_(0, top)
+    scales = stored_scales(full)
+    if not search:
+        return scales, zeros
+    least = torch.full_like(scales, torch.inf)
+    for step in range(_SHRINKAGES):
+        tried = stored_scales(full * (1 - _SHRINK_RANGE * step / _SHRINKAGES))
+        rounded = torch.round(columns / tried + zeros).clamp_(0, top).sub_(zeros).mul_(tried)
+        errors = weights @ rounded.sub_(columns).square_()
+        better = errors < least
+        least = torch.where(better, errors, least)
+        scales = torch.where(better, tried, scales)
+    return scales, zeros
+
+
+def stored_scales(scales: Tensor) -> Tensor:
+    """Scales as float16 holds them, none below its smallest normal number."""
+    return scales.clamp(min=SMALLEST_SCALE).half().float()
+
+
+class UniformColumns:
+    """The column quantizer of GPTQ and of rounding to nearest: one grid for each row and group of columns.
+
+    Args:
+        num_columns: I.
+        bits: of a code, 1 to 8.
+        group_size: g, a divisor of I.
+        symmetric: zeros stay at 2^(bits - 1).
+        search: choose each range by its squared error rather than by minimum and maximum.
+        order: with ``static`` groups, the model column at each place of the sweep, [I] int64.
+    """
+
+    def __init__(
+        self, num_columns: int, *, bits: int, group_size: int, symmetric: bool, search: bool, order: Tensor | None = None
+    ) -> None:
+        self.group_size = group_size
+        self._bits, self._symmetric, self._search = bits, symmetric, search
+        self._order = order
+        self._groups = [place // group_size for place in range(num_columns)]
+        self._is_static = False
+        self._scales: dict[int, Tensor] = {}
+        self._zeros: dict[int, Tensor] = {}
+        self._codes: list[Tensor] = [torch.empty(0)] * num_columns
+
+    def fix_groups(self, columns: Tensor, pivots: Tensor) -> None:
+        """Fit all groups before the sweep (static groups): they are runs of model columns, whatever the order of the sweep.
+
+        Args:
+            columns: W transposed, [I, O], in the order of the sweep.
+            pivots: U_jj of each, [I].
+        """
+        places = torch.arange(len(self._groups)) if self._order is None else torch.argsort(self._order)
+        for group in range(len(self._groups) // self.group_size):
+            inside = places[group * self.group_size : (group + 1) * self.group_size].to(columns.device)
+            self._fit(group, columns[inside], pivots[inside])
+            for place in inside.tolist():
+                self._groups[place] = group
+        self._is_static = True
+
+    def begin_group(self, start: int, columns: Tensor, pivots: Tensor) -> None:
+        """See :class:`algorithms.numerics.column_sweep.ColumnQuantizer`."""
+        if not self._is_static:
+            self._fit(start // self.group_size, columns, pivots)
+
+    def quantize(self, place: int, column: Tensor, pivot: Tensor) -> Tensor:
+        """See :class:`algorithms.numerics.column_sweep.ColumnQuantizer`."""
+        return self.requantize(place, column)
+
+    def requantize(self, place: int, column: Tensor) -> Tensor:
+        """See :class:`algorithms.numerics.column_sweep.ColumnQuantizer`."""
+        scales, zeros = self._scales[self._groups[place]], self._zeros[self._groups[place]]
+        codes = torch.div(column, scales).add_(zeros).round_().clamp_(0, (1 << self._bits) - 1)
+        self._codes[place] = codes
+        return (codes - zeros).mul_(scales)
+
+    def result(self) -> UniformCodes:
+        """What the sweep chose, columns in model order."""
+        num_groups = len(self._scales)
+        codes = torch.stack(self._codes)
+        groups = None
+        if self._order is not None:
+            inverse = torch.argsort(self._order)
+            codes = codes[inverse]
+            if not self._is_static and num_groups > 1:
+                groups = torch.tensor(self._groups, dtype=torch.int32, device=codes.device)[inverse]
+        return UniformCodes(
+            codes=codes.T.contiguous().to(torch.uint8),
+            scales=torch.stack([self._scales[group] for group in range(num_groups)], 1),
+            zeros=torch.stack([self._zeros[group] for group in range(num_groups)], 1),
+            bits=self._bits,
+            groups=groups,
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """One grid a row: scales [O, 1] and zeros [O, 1], for codes 0 .. ``top``."""
-
-    scales: Tensor
-    zeros: Tensor
-    top: int
-
-    def codes(self, values: Tensor) -> Tensor:
-        """The nearest codes of values [O, n], as float32 whole numbers."""
-        return torch.round(values / self.scales + self.zeros).clamp_(0, self.top)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """The values [O, n] that codes [O, n] stand for."""
-        return (codes - self.zeros) * self.scales
-
-    def nearest(self, values: Tensor) -> Tensor:
-        """Values [O, n] rounded to the grid."""
-        return self.decode(self.codes(values))
+    def _fit(self, group: int, columns: Tensor, pivots: Tensor) -> None:
+        self._scales[group], self._zeros[group] = fit_grid(
+            columns, pivots.square().reciprocal(), bits=self._bits, symmetric=self._symmetric, search=self._search
+        )

@@ -17,13 +17,16 @@ ALLOWED = {
     "algorithms": set(),
     "algorithms.registry": {"configs"},
     "algorithms.base": {"algorithms.modeling"},
+    "algorithms.blockwise": {"algorithms.base", "algorithms.formats", "algorithms.modeling", "algorithms.numerics"},
     "algorithms.finetuning": {"algorithms.numerics", "algorithms.modeling"},
     "algorithms.formats": {"algorithms.numerics", "algorithms.modeling"},
     "algorithms.modeling": {"algorithms.numerics"},
     "algorithms.numerics": set(),
     "configs": set(),
 }
-PLUGIN_MAY = {"configs"} | {f"algorithms.{unit}" for unit in ("base", "numerics", "modeling", "formats", "finetuning")}
+PLUGIN_MAY = {"configs"} | {
+    f"algorithms.{unit}" for unit in ("base", "blockwise", "numerics", "modeling", "formats", "finetuning")
+}
 LIBRARIES = {"configs": {"pydantic", "pydantic_core", "omegaconf", "yaml"}, "algorithms.numerics": {"torch"}}
 
 
@@ -100,12 +103,12 @@ def test_every_plugin_of_the_registry_is_held_to_the_rules_of_plugins():
         ("configs/loader.py", "from algorithms.registry import find"),
         ("algorithms/modeling/source.py", "from jobs import models"),
         ("algorithms/base.py", "import jobs.runner"),
-        ("algorithms/numerics/kmeans.py", "from algorithms.modeling.files import file_digest"),
+        ("algorithms/numerics/codebooks/kmeans.py", "from algorithms.modeling.files import file_digest"),
         ("algorithms/quantization/gptq/calibration.py", "from algorithms.quantization.aqlm.weight import anything"),
         ("algorithms/quantization/gptq/calibration.py", "import jobs.manifest"),
         ("algorithms/modeling/block_loop.py", "from algorithms.quantization import aqlm"),
         ("jobs/runner.py", "from algorithms.quantization.aqlm.algorithm import Aqlm"),
-        ("jobs/runner.py", "from algorithms.numerics.kmeans import anything"),
+        ("jobs/runner.py", "from algorithms.numerics.codebooks.kmeans import anything"),
         ("jobs/runner.py", "def late():\n    from tests.support import models"),
         ("main.py", "from algorithms.registry import find"),
     ],

@@ -19,8 +19,8 @@ import time
 import torch
 from torch import Tensor
 
-from algorithms.numerics.additive import quadratic_error
-from algorithms.numerics.additive_fit import AdditiveSettings, fit_additive
+from algorithms.numerics.codebooks.additive import quadratic_error
+from algorithms.numerics.codebooks.additive_fit import AdditiveSettings, fit_additive
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.quantization.aqlm.weight import stored_bits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from algorithms.numerics.additive import AdditiveCodes
+from algorithms.numerics.codebooks.additive import AdditiveCodes
 
 
 def problem(rows: int, columns: int, seed: int = 0, tokens: int | None = None) -> tuple[Tensor, Tensor]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from algorithms.blockwise import round_to_storage
 from algorithms.finetuning.block_tuning import TuningSettings, tune_block
-from algorithms.formats.aqlm import dense_state, pack, to_storage
+from algorithms.formats.aqlm import dense_state, pack
+from algorithms.formats.storage import to_storage
 from algorithms.modeling.block_loop import BlockData, relative_output_error
-from algorithms.numerics.additive_fit import AdditiveSettings, fit_additive
+from algorithms.numerics.codebooks.additive_fit import AdditiveSettings, fit_additive
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.quantization.aqlm.config import CalibrationConfig
@@ -40,15 +42,30 @@ class _Progress:
 class AqlmCompressor:
     """What AQLM does with a block; see :class:`algorithms.modeling.block_loop.BlockCompressor`."""
 
-    def __init__(self, config: CalibrationConfig) -> None:
+    def __init__(self, config: CalibrationConfig, linears: Sequence[str]) -> None:
         self._config = config
+        self._linears = linears
         self._settings = fit_settings(config)
         self._block = _Progress(started=0.0, linears={})
 
-    def compress_linear(self, index: int, name: str, linear: nn.Linear, statistics: InputStatistics) -> nn.Module:
-        """Fit additive codebooks to one linear under the Hessian of its inputs."""
-        if not self._block.linears:
-            self._block = _Progress(started=time.process_time(), linears={})
+    @property
+    def tunes(self) -> bool:
+        """Whether block tuning follows."""
+        return self._config.finetune_max_epochs > 0
+
+    def prepare_block(self, index: int, block: nn.Module) -> None:
+        """Round what is not compressed, and start the block's account."""
+        round_to_storage(block, self._linears)
+        self._block = _Progress(started=time.process_time(), linears={})
+
+    def compress_group(
+        self, index: int, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None
+    ) -> Mapping[str, nn.Module]:
+        """Fit additive codebooks to each linear under the Hessian of their common input."""
+        assert statistics is not None
+        return {name: self._compress(index, name, linear, statistics) for name, linear in linears.items()}
+
+    def _compress(self, index: int, name: str, linear: nn.Linear, statistics: InputStatistics) -> nn.Module:
         matrix, hessian = statistics.corrected(linear.weight.detach().float()), statistics.hessian()
         fit = fit_additive(matrix, hessian, self._settings, keyed_generator(self._config.seed, "aqlm", index, name))
         power = torch.sum((matrix @ hessian) * matrix).item()
@@ -64,16 +81,20 @@ class AqlmCompressor:
             "rounds": len(fit.losses) - 1,
             "bits_per_weight": sum(bits.values()) / matrix.numel(),
         }
-        return AqlmLinear(fit.weight, linear.bias)
+        weight = fit.weight
+        if not self.tunes:
+            books, scales = (to_storage(tensor, name).float() for tensor in (weight.codebooks, weight.scales))
+            weight = weight.replace(codebooks=books, scales=scales)
+        return AqlmLinear(weight, linear.bias)
 
-    def finish_block(self, index: int, block: nn.Module, data: BlockData) -> Mapping[str, object]:
+    def finish_block(self, index: int, block: nn.Module, data: BlockData | None) -> dict[str, object]:
         """Tune codebooks, scales, norms and biases of the block; returns its report."""
         report: dict[str, object] = {"index": index, "linears": self._block.linears}
-        if self._config.finetune_max_epochs > 0:
+        if data is not None:
             generator = keyed_generator(self._config.seed, "aqlm", index, "tuning")
             settings = tuning_settings(self._config, sequence_length=data.inputs.batches[0].shape[1])
             report["tuning"] = asdict(tune_block(index, block, data, self._learning_rates(block), settings, generator))
-        if not self._config.skip_out_loss:
+        if data is not None and not self._config.skip_out_loss:
             held_out = data.validation_inputs.num_sequences > 0
             inputs = data.validation_inputs if held_out else data.inputs
             targets = data.validation_targets if held_out else data.targets

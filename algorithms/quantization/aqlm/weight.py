@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.finetuning.tunable import TunableLinear
-from algorithms.numerics.additive import AdditiveCodes, CodewordScatter, code_rows, sum_codewords, ungroup
+from algorithms.numerics.codebooks.additive import AdditiveCodes, CodewordScatter, code_rows, sum_codewords, ungroup
 
 _STORED_BITS = 16
 

@@ -19,21 +19,29 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 class _Halving:
     """A compressor whose effect is known: every linear becomes 0.9 of itself. Notes all it sees."""
 
-    def __init__(self):
-        self.hessians, self.crosses, self.data, self.order = {}, {}, {}, []
+    def __init__(self, *, tunes=True):
+        self.tunes = tunes
+        self.hessians, self.wanted, self.data, self.order, self.prepared = {}, {}, {}, [], []
 
-    def compress_linear(self, index, name, linear, statistics):
-        short = name.rpartition(".")[2]
-        self.order.append((index, short))
-        self.hessians[index, short] = statistics._sum / statistics.num_tokens
-        self.crosses[index, short] = None if statistics._cross is None else statistics._cross / statistics.num_tokens
-        replacement = copy.deepcopy(linear)
-        replacement.weight.data *= 0.9
-        return replacement
+    def prepare_block(self, index, block):
+        self.prepared.append(index)
+
+    def compress_group(self, index, linears, statistics):
+        replacements = {}
+        for name, linear in linears.items():
+            short = name.rpartition(".")[2]
+            self.order.append((index, short))
+            if statistics is not None:
+                self.hessians[index, short] = statistics._sum / statistics.num_tokens
+                self.wanted[index, short] = None if statistics._wanted is None else statistics._wanted / statistics.num_tokens
+            replacements[name] = copy.deepcopy(linear)
+            replacements[name].weight.data *= 0.9
+        return replacements
 
     def finish_block(self, index, block, data):
-        parts = (data.inputs, data.targets, data.validation_inputs, data.validation_targets)
-        self.data[index] = [torch.cat(part.batches).double() for part in parts]
+        if data is not None:
+            parts = (data.inputs, data.targets, data.validation_inputs, data.validation_targets)
+            self.data[index] = [torch.cat(part.batches).double() for part in parts]
         return {"index": index}
 
     def freeze_block(self, block):
@@ -52,16 +60,23 @@ def _walk(source, folder, *, original, sequential=False, compressor=None):
         validation=validation,
         reference=(training.copy(), validation.copy()) if original else None,
     )
-    heard = []
+    heard, reports = [], []
+
+    def on_block(index, report):
+        heard.append((index, report["index"]))
+        reports.append(report)
+
     compress_blockwise(
         source,
         compressor,
         streams,
         store=BlockStore(folder),
         sequential=sequential,
-        on_block=lambda index, report: heard.append((index, report["index"])),
+        device=CPU,
+        on_block=on_block,
     )
     assert heard == [(0, 0), (1, 1), (2, 2)]
+    compressor.reports, compressor.streams = reports, streams
     return compressor
 
 
@@ -127,19 +142,25 @@ def test_inputs_come_from_the_compressed_prefix_and_targets_from_original_blocks
 def test_statistics_are_those_of_the_training_tokens_at_the_right_moment(tmp_path, source, model, original, sequential):
     seen = _walk(source, tmp_path / "s", original=original, sequential=sequential)
     tokens = token_sequences(5, 9)[:3]
-    _, reference = _hidden(model, tokens)
+    states, reference = _hidden(model, tokens)
     for index in range(3):
         for done, group in enumerate(GROUPS):
             earlier = done if original or sequential else 0
-            _, inputs = _hidden(_compress(model, blocks=index, groups=earlier), tokens)
+            partly, inputs = _hidden(_compress(model, blocks=index, groups=earlier), tokens)
+            now = inputs[index, group[0]]
+            wanted = None
+            if original and group == ("o_proj",):
+                o_proj = model.model.layers[index].self_attn.o_proj
+                wanted = states[index] + o_proj(reference[index, "o_proj"]) - partly[index]
+            elif original and group == ("down_proj",):  # which is not compressed yet in this model
+                middle = partly[index + 1] - model.model.layers[index].mlp.down_proj(now)
+                wanted = states[index + 1] - middle
             for name in group:
-                now = inputs[index, group[0]]
                 torch.testing.assert_close(seen.hessians[index, name], _second_moment(now, now), atol=1e-5, rtol=1e-4)
-                if original:
-                    cross = _second_moment(reference[index, group[0]], now)
-                    torch.testing.assert_close(seen.crosses[index, name], cross, atol=1e-5, rtol=1e-4)
+                if wanted is None:
+                    assert seen.wanted[index, name] is None
                 else:
-                    assert seen.crosses[index, name] is None
+                    torch.testing.assert_close(seen.wanted[index, name], _second_moment(wanted, now), atol=1e-5, rtol=1e-4)
     assert seen.order == [(index, name) for index in range(3) for group in GROUPS for name in group]
 
 
@@ -151,6 +172,39 @@ def test_stored_blocks_are_taken_as_they_are_and_the_rest_sees_the_same(tmp_path
     assert {index for index, _ in resumed.order} == {2}
     assert all(torch.equal(a, b) for a, b in zip(resumed.data[2], whole.data[2], strict=True))
     assert torch.equal(resumed.hessians[2, "down_proj"], whole.hessians[2, "down_proj"])
+
+
+@pytest.mark.parametrize(("original", "sequential"), [(True, False), (False, True), (False, False)])
+def test_without_tuning_the_outputs_of_the_same_pass_are_the_next_inputs(tmp_path, source, original, sequential):
+    tuned, plain = (
+        _walk(source, tmp_path / name, original=original, sequential=sequential, compressor=_Halving(tunes=tunes))
+        for name, tunes in (("a", True), ("b", False))
+    )
+    assert plain.data == {}
+    for key, hessian in tuned.hessians.items():
+        assert torch.equal(plain.hessians[key], hessian)
+    errors = [report.get("output_error") for report in plain.reports]
+    if original:
+        expected = [torch.sum((data[0] - data[1]) ** 2) / torch.sum(data[1] ** 2) for data in _outputs(tuned)]
+        assert errors[:2] == pytest.approx([error.item() for error in expected], rel=1e-4)
+    else:
+        assert errors == [None] * 3
+
+
+def _outputs(seen):
+    """Outputs of each block but the last, which are the next one's inputs, with the outputs that were wanted."""
+    return [(seen.data[index + 1][0], seen.data[index][1]) for index in range(2)]
+
+
+def test_without_data_every_linear_is_compressed_all_the_same(tmp_path, source):
+    compressor = _Halving(tunes=False)
+    compress_blockwise(
+        source, compressor, None, store=BlockStore(tmp_path), sequential=False, device=CPU, on_block=lambda index, report: None
+    )
+    assert compressor.prepared == [0, 1, 2]
+    assert compressor.order == [(index, name) for index in range(3) for group in GROUPS for name in group]
+    stored = BlockStore(tmp_path).load(1)[0]["mlp.up_proj.weight"]
+    torch.testing.assert_close(stored, 0.9 * source.load_block(1).mlp.up_proj.weight)
 
 
 def test_the_output_error_is_relative_to_the_targets(source):

@@ -49,27 +49,38 @@ def test_generators_differ_by_place_and_repeat():
     assert torch.rand(1, generator=keyed_generator(1, 1, "a")).item() != draws[(1, "a")]
 
 
-def test_the_corrected_weight_solves_the_regression_onto_the_original_outputs():
+def test_the_corrected_weight_solves_the_regression_onto_the_wanted_outputs():
     generator = torch.Generator().manual_seed(0)
     originals = torch.randn(400, 6, generator=generator)
     inputs = originals @ (torch.eye(6) + 0.2 * torch.randn(6, 6, generator=generator))
     inputs += 0.1 * torch.randn(400, 6, generator=generator)
     matrix = torch.randn(3, 6, generator=generator)
-    statistics = InputStatistics(6, paired=True)
+    wanted = originals @ matrix.T + 0.3 * torch.randn(400, 3, generator=generator)
+    statistics = InputStatistics(6, out_features=3)
     for part in (slice(0, 150), slice(150, 400)):
-        statistics.update(inputs[part], originals[part])
+        statistics.update(inputs[part], wanted[part])
     # The ridge as extra rows of an ordinary least-squares problem whose answer is matrix where there is no evidence.
     weight = (0.01 * (inputs.double().T @ inputs.double()).diagonal().mean()).sqrt() * torch.eye(6, dtype=torch.float64)
     design = torch.cat([inputs.double(), weight])
-    wanted = torch.cat([originals.double() @ matrix.double().T, weight @ matrix.double().T])
-    expected = torch.linalg.lstsq(design, wanted).solution.T
+    answers = torch.cat([wanted.double(), weight @ matrix.double().T])
+    expected = torch.linalg.lstsq(design, answers).solution.T
     torch.testing.assert_close(statistics.corrected(matrix).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_equal_inputs_need_no_correction():
+def test_outputs_that_the_weight_gives_need_no_correction():
     inputs, matrix = torch.randn(50, 4), torch.randn(2, 4)
-    statistics = InputStatistics(4, paired=True)
-    statistics.update(inputs, inputs)
-    assert torch.equal(statistics.corrected(matrix), matrix)
-    with pytest.raises(ValueError, match="paired"):
+    statistics = InputStatistics(4, out_features=2)
+    statistics.update(inputs, inputs @ matrix.T)
+    torch.testing.assert_close(statistics.corrected(matrix), matrix)
+    with pytest.raises(ValueError, match="wanted"):
         statistics.update(inputs)
+    plain = InputStatistics(4)
+    plain.update(inputs)
+    assert plain.corrected(matrix) is matrix
+
+
+def test_the_panels_of_the_product_cover_it():
+    inputs = torch.randn(30, 300)
+    statistics = InputStatistics(300)
+    statistics.update(inputs)
+    torch.testing.assert_close(statistics.hessian(), inputs.T @ inputs / 30, atol=1e-5, rtol=1e-5)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from algorithms.numerics.additive import code_rows, quadratic_error, ungroup
-from algorithms.numerics.codebook_fit import solve_codebooks, solve_scales
+from algorithms.numerics.codebooks.additive import code_rows, quadratic_error, ungroup
+from algorithms.numerics.codebooks.codebook_fit import solve_codebooks, solve_scales
 from tests.support.matrices import problem, random_codes
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from algorithms.numerics.additive import CodewordScatter, code_rows, group, quadratic_error, sum_codewords, ungroup
+from algorithms.numerics.codebooks.additive import CodewordScatter, code_rows, group, quadratic_error, sum_codewords, ungroup
 from algorithms.quantization.aqlm.weight import stored_bits
 from tests.support.matrices import problem, random_codes
 

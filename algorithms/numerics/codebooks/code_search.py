@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from algorithms.numerics.additive import AdditiveCodes
-from algorithms.numerics.nearest import lowest_score
+from algorithms.numerics.codebooks.additive import AdditiveCodes
+from algorithms.numerics.codebooks.nearest import lowest_score
 
 _MAX_SCORES = 1 << 20
 _PANEL_COLUMNS = 128

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from algorithms.numerics.additive import CodewordScatter
-from algorithms.numerics.nearest import lowest_score
+from algorithms.numerics.codebooks.additive import CodewordScatter
+from algorithms.numerics.codebooks.nearest import lowest_score
 
 # Lloyd's algorithm ends when an iteration gains less: the codebooks are solved exactly afterwards, and iterating to a
 # standstill takes most of the time of a fit without lowering its final error.

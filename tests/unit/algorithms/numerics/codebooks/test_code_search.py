@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
-from algorithms.numerics.additive import quadratic_error
-from algorithms.numerics.code_search import beam_search, coordinate_descent
+from algorithms.numerics.codebooks.additive import quadratic_error
+from algorithms.numerics.codebooks.code_search import beam_search, coordinate_descent
 from tests.support.matrices import problem, random_codes
 
 
@@ -71,7 +71,7 @@ def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
     matrix, hessian = problem(12, 16)
     weight = random_codes(12, 16, num_codebooks=2, num_codewords=8)
     whole = [_search(weight, matrix, hessian, beam_size)[0].codes for beam_size in (1, 4)]
-    monkeypatch.setattr("algorithms.numerics.code_search._MAX_SCORES", 8 * 16 * 5)
-    monkeypatch.setattr("algorithms.numerics.nearest._MAX_SCORES", 8 * 5)
+    monkeypatch.setattr("algorithms.numerics.codebooks.code_search._MAX_SCORES", 8 * 16 * 5)
+    monkeypatch.setattr("algorithms.numerics.codebooks.nearest._MAX_SCORES", 8 * 5)
     parts = [_search(weight, matrix, hessian, beam_size)[0].codes for beam_size in (1, 4)]
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from algorithms.numerics.additive import AdditiveCodes, group
-from algorithms.numerics.code_search import beam_search, coordinate_descent
-from algorithms.numerics.codebook_fit import solve_codebooks, solve_scales
-from algorithms.numerics.kmeans import residual_kmeans
+from algorithms.numerics.codebooks.additive import AdditiveCodes, group
+from algorithms.numerics.codebooks.code_search import beam_search, coordinate_descent
+from algorithms.numerics.codebooks.codebook_fit import solve_codebooks, solve_scales
+from algorithms.numerics.codebooks.kmeans import residual_kmeans
 
 _SMALLEST_SCALE = 1e-9
 # With this many groups a codeword, the codebooks of a sample cost less than 0.5 % of the loss and a fraction of the time.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from algorithms.numerics.kmeans import kmeans, nearest, residual_kmeans, tree_kmeans
+from algorithms.numerics.codebooks.kmeans import kmeans, nearest, residual_kmeans, tree_kmeans
 
 
 def _generator():

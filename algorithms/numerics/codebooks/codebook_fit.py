@@ -1,7 +1,7 @@
 """Exact steps for the continuous part of additive codebooks: codewords by conjugate gradients, scales in closed form.
 
 With the codes fixed, <dW H, dW> is a quadratic form in the codewords, and in the scale of each output group. Legend as in
-:mod:`algorithms.numerics.code_search`.
+:mod:`algorithms.numerics.codebooks.code_search`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from algorithms.numerics.additive import AdditiveCodes, CodewordScatter, code_rows, group, sum_codewords, ungroup
+from algorithms.numerics.codebooks.additive import AdditiveCodes, CodewordScatter, code_rows, group, sum_codewords, ungroup
 
 _RIDGE = 1e-6
 # Past this drop of the preconditioned residual (squared), float32 rounding steers the iteration, and it can diverge.

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from algorithms.numerics.additive import quadratic_error
-from algorithms.numerics.additive_fit import AdditiveSettings, fit_additive, initial_codes
+from algorithms.numerics.codebooks.additive import quadratic_error
+from algorithms.numerics.codebooks.additive_fit import AdditiveSettings, fit_additive, initial_codes
 from tests.support.matrices import problem
 
 
@@ -87,7 +87,7 @@ def test_initial_rows_have_unit_length_after_scaling():
 def test_codebooks_decided_by_a_sample_of_rows_end_nearly_as_good(monkeypatch):
     matrix, hessian = problem(512, 32)
     whole = fit_additive(matrix, hessian, _settings(relative_tolerance=None, max_rounds=8), _generator())
-    monkeypatch.setattr("algorithms.numerics.additive_fit._GROUPS_PER_CODEWORD", 64)  # 128 of the 512 rows
+    monkeypatch.setattr("algorithms.numerics.codebooks.additive_fit._GROUPS_PER_CODEWORD", 64)  # 128 of the 512 rows
     sampled = fit_additive(matrix, hessian, _settings(relative_tolerance=None, max_rounds=8), _generator())
     assert not torch.equal(whole.weight.codebooks, sampled.weight.codebooks)
     assert sampled.losses[-1] < 1.05 * whole.losses[-1]

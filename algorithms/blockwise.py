@@ -1,0 +1,145 @@
+"""The stages that every block-wise method shares: calibrate block by block, then export; and reading back what they left.
+
+A plugin brings its :class:`BlockCompressor` and the formats it can write; the rest of its stages is here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from algorithms.base import Artifact, StageContext
+from algorithms.formats.checkpoint import OUTSIDE, Calibrated, DenseState
+from algorithms.formats.storage import to_storage
+from algorithms.modeling.activations import embed
+from algorithms.modeling.block_loop import BlockCompressor, Streams, compress_blockwise
+from algorithms.modeling.block_store import BlockStore
+from algorithms.modeling.companions import copy_companions
+from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, folder_digest
+from algorithms.modeling.source import ModelSource
+
+_TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How a method walks through a model.
+
+    ``name`` is shown to the user, ``kind`` marks the artifact. ``follows_original`` takes targets from the original model's own
+    hidden states, ``sequential`` gathers statistics group by group. Hidden states are kept in ``dtype``, on the CPU with
+    ``offload``. ``facts`` are what a reader of the folder must know; they go into calibration.json.
+    """
+
+    name: str
+    kind: str
+    follows_original: bool
+    sequential: bool
+    sequence_length: int
+    dtype: str = "auto"
+    offload: bool = True
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+def calibrate(context: StageContext, source: ModelSource, compressor: BlockCompressor, how: Calibration) -> Artifact:
+    """Compress every block in order; finished blocks in the output folder are taken as they are. No tokens, no use of data.
+
+    Leaves ``<block>.safetensors`` and ``<block>.json`` for every block, ``not_quantized_weights.safetensors``, the original
+    config.json and tokenizer files, and calibration.json with ``facts`` and the report of every block.
+    """
+    directory = context.output_dir
+    _write_outside(source, directory)
+    reports: list[Mapping[str, object]] = []
+    with context.progress(f"{how.name} calibration", source.num_blocks) as advance:
+
+        def _on_block(index: int, report: Mapping[str, object]) -> None:
+            reports.append(report)
+            context.metrics({"event": "block", "stage": "calibration", **report})
+            advance(_note(index, report))
+
+        compress_blockwise(
+            source,
+            compressor,
+            _streams(context, source, how) if context.tokens else None,
+            store=BlockStore(directory),
+            sequential=how.sequential,
+            device=context.device,
+            on_block=_on_block,
+        )
+    atomic_write_json(directory / "calibration.json", {**how.facts, "blocks": reports})
+    return Artifact(kind=how.kind, directory=directory, digest=folder_digest(directory))
+
+
+def facts(calibrated: Path) -> Mapping[str, object]:
+    """What calibration.json says of a calibration folder."""
+    return json.loads((calibrated / "calibration.json").read_text(encoding="utf-8"))
+
+
+Exporter = Callable[[Calibrated, Path], None]
+
+
+def convert(
+    context: StageContext, artifact: Artifact, *, kind: str, exports: Sequence[str], exporters: Mapping[str, Exporter]
+) -> Artifact:
+    """Write the calibrated model in each format: the first into the output folder, the others into ``exports/<format>``."""
+    calibrated = Calibrated(artifact.directory)
+    for place, name in enumerate(exports):
+        directory = context.output_dir if place == 0 else context.output_dir / "exports" / name
+        directory.mkdir(parents=True, exist_ok=True)
+        exporters[name](calibrated, directory)
+    return Artifact(kind=kind, directory=context.output_dir, digest=folder_digest(context.output_dir))
+
+
+def load_calibrated(directory: Path, dense_state: DenseState) -> nn.Module:
+    """A calibrated model in float32, with the values that are stored; ``dense_state`` decodes the tensors of one block."""
+    calibrated = Calibrated(directory)
+    state = {name: tensor.float() for name, tensor in calibrated.outside().items()}
+    for index, tensors in calibrated.blocks():
+        prefix = calibrated.source.block_prefix(index)
+        state |= {prefix + name: tensor.float() for name, tensor in dense_state(tensors).items()}
+    return calibrated.source.model_from(state)
+
+
+def load_checkpoint(directory: Path, dense_state: DenseState) -> nn.Module:
+    """An exported checkpoint in float32, read without any client."""
+    source = ModelSource(directory)
+    state = {name: tensor.float() for name, tensor in dense_state(source.tensors(source.weight_files)).items()}
+    return source.model_from(state)
+
+
+def round_to_storage(block: nn.Module, compressed: Sequence[str]) -> None:
+    """Give everything in a block but the weights of ``compressed`` linears the values that will be stored."""
+    weights = {f"{name}.weight" for name in compressed}
+    for name, parameter in block.named_parameters():
+        if name not in weights:
+            parameter.data = to_storage(parameter.data, name).to(parameter.dtype)
+
+
+def _streams(context: StageContext, source: ModelSource, how: Calibration) -> Streams:
+    training, validation = embed(
+        source,
+        (context.tokens, context.validation_tokens),
+        batch_size=max(1, _TOKENS_PER_BATCH // how.sequence_length),
+        device=context.device,
+        offload=how.offload,
+        dtype=torch.float32 if how.dtype == "auto" else getattr(torch, how.dtype),
+    )
+    reference = (training.copy(), validation.copy()) if how.follows_original else None
+    return Streams(training=training, validation=validation, reference=reference)
+
+
+def _write_outside(source: ModelSource, directory: Path) -> None:
+    tensors = {name: to_storage(tensor, name) for name, tensor in source.tensors(source.outside_names()).items()}
+    atomic_save_tensors(directory / OUTSIDE, tensors)
+    copy_companions(source.directory, directory)
+    shutil.copyfile(source.directory / "config.json", directory / "config.json")
+
+
+def _note(index: int, report: Mapping[str, object]) -> str:
+    error = report.get("output_error")
+    return f"block {index + 1}" + (f", output error {error:.2%}" if isinstance(error, float) else "")

@@ -1,0 +1,76 @@
+"""From a calibration folder to a Hugging Face folder, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from algorithms.formats.storage import to_storage
+from algorithms.modeling.block_store import BlockStore
+from algorithms.modeling.companions import copy_companions
+from algorithms.modeling.files import atomic_write_json
+from algorithms.modeling.shards import ShardWriter
+from algorithms.modeling.source import ModelSource
+
+OUTSIDE = "not_quantized_weights.safetensors"
+
+DenseState = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+class Calibrated:
+    """A finished calibration: blocks in a plugin's packed form, and the rest of the model in float16."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.source = ModelSource(directory)
+        self._store = BlockStore(directory)
+
+    def outside(self) -> dict[str, Tensor]:
+        """Embeddings, final norm and head."""
+        return load_file(self.directory / OUTSIDE)
+
+    def blocks(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Number and stored tensors of every block, in order, named relative to the block.
+
+        Raises:
+            ValueError: a block is missing or damaged.
+        """
+        for index in range(self.source.num_blocks):
+            loaded = self._store.load(index)
+            if loaded is None:
+                raise ValueError(
+                    f"block {index} of {self.directory} is missing or damaged; run the job again with overwrite=[calibration]"
+                )
+            yield index, loaded[0]
+
+
+def write_checkpoint(
+    calibrated: Calibrated,
+    directory: Path,
+    transform: DenseState,
+    quantization_config: Mapping[str, object] | None = None,
+) -> None:
+    """A Hugging Face folder whose blocks hold what ``transform`` makes of the stored tensors; config.json comes last."""
+    source = calibrated.source
+    writer = ShardWriter(directory)
+    writer.add(calibrated.outside())
+    for index, tensors in calibrated.blocks():
+        writer.add({source.block_prefix(index) + name: tensor for name, tensor in transform(tensors).items()})
+    writer.close()
+    copy_companions(calibrated.directory, directory)
+    settings = {**source.raw_config(), "dtype": "float16", "torch_dtype": "float16"}
+    if quantization_config is not None:
+        settings["quantization_config"] = dict(quantization_config)
+    atomic_write_json(directory / "config.json", settings)
+
+
+def write_dense(calibrated: Calibrated, directory: Path, dense_state: DenseState) -> None:
+    """Decoded weights in float16, which load anywhere."""
+
+    def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: to_storage(tensor, name) for name, tensor in dense_state(tensors).items()}
+
+    write_checkpoint(calibrated, directory, _rounded)
