@@ -21,7 +21,7 @@ _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 _PRE_TOKENIZERS = {
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
-    (_LLAMA3, "ByteLevel"): "llama-bpe",
+    (_LLAMA3, "ByteLevel without cutting"): "llama-bpe",
 }
 
 
@@ -85,7 +85,8 @@ def _signature(pre_tokenizer: Mapping) -> tuple[str, ...]:
         return (pre_tokenizer["pattern"].get("Regex", ""),)
     if pre_tokenizer.get("add_prefix_space") or pre_tokenizer.get("individual_digits") is False:
         return ("other",)
-    return (pre_tokenizer.get("type", ""),)
+    kind = pre_tokenizer.get("type", "")
+    return (kind if pre_tokenizer.get("use_regex", True) else f"{kind} without cutting",)
 
 
 def _first_special(tokenizer: Mapping) -> int | None:

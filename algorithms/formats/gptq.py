@@ -71,8 +71,9 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, bits: int, *, zero_offset
 def wraps(weight: UniformCodes) -> bool:
     """Whether a zero is 0, which the first version of the format stores as 2^bits - 1.
 
-    We and AutoGPTQ's later kernels read it as 0; kernels that add 1 without a mask, auto-round's among them, read 2^bits and
-    shift the whole group. The second version holds it as it is.
+    We read it as 0. Other readers do not: auto-round adds 1 to the stored number and gets 2^bits, which shifts a whole group;
+    gptqmodel adds 1 to all numbers of a word at once, so that the carry falls into the next output's zero. The second version
+    holds it as it is.
     """
     return bool((weight.zeros == 0).any())
 

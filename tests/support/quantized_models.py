@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.uniform import UniformCodes
 from tests.support.models import save_family
@@ -46,10 +49,20 @@ class QuantizedModel:
         with torch.no_grad():
             return self.dense()(input_ids=tokens, use_cache=False).logits
 
-    @property
-    def head(self) -> list[str]:
-        """The kept linear, where there is one."""
-        return ["lm_head"]
+    def keeping(self, linear: str) -> QuantizedModel:
+        """The same model with one linear in float16 instead of codes."""
+        codes = dict(self.codes)
+        weight = codes.pop(linear).dequantize().half().float()
+        return QuantizedModel(source=self.source, codes=codes, kept=self.kept | {f"{linear}.weight": weight})
+
+    def save(self, out: Path, packed: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
+        """Write a folder with the kept tensors in float16, the packed ones, and a quantization config."""
+        out.mkdir()
+        kept = {name: tensor.half() for name, tensor in self.kept.items()}
+        save_file(kept | dict(packed), out / "model.safetensors", metadata={"format": "pt"})
+        config = self.source.raw_config() | {"quantization_config": dict(settings)}
+        (out / "config.json").write_text(json.dumps(config))
+        copy_companions(self.source.directory, out)
 
 
 def quantized_llama(

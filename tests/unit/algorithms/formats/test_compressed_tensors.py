@@ -1,14 +1,12 @@
-import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from algorithms.formats.client import record
 from algorithms.formats.compressed_tensors import pack, quantization_config, refusal, unpack
-from algorithms.modeling.companions import copy_companions
 from tests.support.models import token_sequences
-from tests.support.quantized_models import quantized_llama, uniform_codes
+from tests.support.quantized_models import QuantizedModel, quantized_llama, uniform_codes
 
 SETTINGS = [(2, 16), (3, 32), (4, 32), (4, -1), (8, 64), (3, -1), (8, -1), (2, -1)]
 
@@ -32,22 +30,29 @@ def test_what_is_packed_comes_back(bits, group_size):
     assert torch.equal(back.dequantize(), weight.dequantize())
 
 
+def client_logits(model: QuantizedModel, out: Path, tokens: torch.Tensor, **settings: object) -> torch.Tensor:
+    """What the client computes from a model written in this layout."""
+    pytest.importorskip("compressed_tensors")
+    packed = {part: tensor for name, codes in model.codes.items() for part, tensor in pack(codes, name).items()}
+    model.save(out, packed, quantization_config(**settings))
+    return record("compressed-tensors", out, tokens)["logits"]
+
+
 @pytest.mark.parametrize(("bits", "group_size"), SETTINGS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_computes_our_logits(tmp_path, bits, group_size, tied):
-    pytest.importorskip("compressed_tensors")
     model = quantized_llama(tmp_path / "m", bits=bits, group_size=group_size, tied=tied)
-    out = tmp_path / "out"
-    out.mkdir()
-    tensors = {name: tensor.half() for name, tensor in model.kept.items()}
-    for name, codes in model.codes.items():
-        tensors |= pack(codes, name)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    settings = quantization_config(bits=bits, group_size=group_size, kept_modules=model.head)
-    (out / "config.json").write_text(json.dumps(model.source.raw_config() | {"quantization_config": settings}))
-    copy_companions(model.source.directory, out)
     tokens = torch.cat(token_sequences(2, 12))
-    assert torch.equal(record("compressed-tensors", out, tokens)["logits"], model.logits(tokens))
+    theirs = client_logits(model, tmp_path / "out", tokens, bits=bits, group_size=group_size, kept_modules=["lm_head"])
+    assert torch.equal(theirs, model.logits(tokens))
+
+
+def test_kept_linears_stay_as_they_are(tmp_path):
+    kept = "model.layers.1.mlp.down_proj"
+    model = quantized_llama(tmp_path / "m", bits=4, group_size=32).keeping(kept)
+    tokens = torch.cat(token_sequences(2, 12))
+    theirs = client_logits(model, tmp_path / "out", tokens, bits=4, group_size=32, kept_modules=["lm_head", kept])
+    assert torch.equal(theirs, model.logits(tokens))
 
 
 @pytest.mark.parametrize(

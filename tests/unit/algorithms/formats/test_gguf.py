@@ -1,10 +1,8 @@
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from algorithms.formats.client import record
 from algorithms.formats.gguf import architecture_refusal, blocks, refusal, write
@@ -72,42 +70,6 @@ def test_tensors_that_llama_does_not_have_are_named(tmp_path):
     tensors = [("model.layers.0.self_attn.q_norm.weight", torch.ones(8))]
     with pytest.raises(ValueError, match=r"no place for model\.layers\.0\.self_attn\.q_norm\.weight"):
         write(tmp_path, source_config={"num_hidden_layers": 1, "num_attention_heads": 1}, tensors=tensors)
-
-
-def with_tokenizer(folder: Path, **changes: object) -> dict:
-    """Gives the tokenizer of a folder two merges, and other changes; returns the config that goes with it."""
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"] |= {"Zw": 259, "xk": 260}
-    tokenizer["model"]["merges"] = [["Z", "w"], ["x", "k"]]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | changes))
-    return ModelSource(folder).raw_config() | {"vocab_size": 262}
-
-
-def test_the_tokenizer_is_embedded(tmp_path):
-    model = quantized_llama(tmp_path / "m", bits=4, group_size=32)
-    (tmp_path / "out").mkdir()
-    config = with_tokenizer(tmp_path / "m")
-    write(tmp_path / "out", source_config=config, tensors=parameters(model), tokenizer_folder=tmp_path / "m")
-    text = "Zwölf Boxkämpfer, 12!"
-    ours = model.source.tokenizer()(text)["input_ids"]
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
-    assert theirs(text, add_special_tokens=False)["input_ids"] == ours[1:]
-    assert {259, 260} <= set(ours)
-    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
-    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
-    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
-    assert fields["tokenizer.ggml.token_type"].contents()[:4] == [3, 3, 3, 1]
-    assert fields["tokenizer.ggml.tokens"].contents()[259:] == ["Zw", "xk", "[PAD261]"]
-
-
-@pytest.mark.parametrize("pre_tokenizer", [None, {"type": "Whitespace"}, {"type": "Split", "pattern": {"Regex": "a+"}}])
-def test_a_tokenizer_that_llama_cpp_cannot_name_is_left_out(tmp_path, caplog, pre_tokenizer):
-    model = quantized_llama(tmp_path / "m", bits=4, group_size=32, blocks=1)
-    (tmp_path / "out").mkdir()
-    config = with_tokenizer(tmp_path / "m", pre_tokenizer=pre_tokenizer)
-    write(tmp_path / "out", source_config=config, tensors=parameters(model), tokenizer_folder=tmp_path / "m")
-    assert "no byte-level BPE that llama.cpp has a name for" in caplog.text
-    assert "tokenizer.ggml.tokens" not in gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
