@@ -32,6 +32,13 @@ REGISTRY = (
         summary="2 to 8 bits a weight, codes that make up for each other's errors; loads with transformers and vLLM",
     ),
     Row(
+        name="SpQR",
+        aliases=("SPQR", "spqr"),
+        config_path="algorithms.quantization.spqr.config:SpqrConfig",
+        class_path="algorithms.quantization.spqr.algorithm:Spqr",
+        summary="2 to 4 bits a weight in groups of 16 with two-level statistics, and a few outliers kept as they are",
+    ),
+    Row(
         name="RTN",
         aliases=("rtn",),
         config_path="algorithms.quantization.rtn.config:RtnConfig",
@@ -48,7 +55,7 @@ REGISTRY = (
 )
 
 # Names that recipes of this family use and that this version cannot run: told apart from typing errors.
-PLANNED = ("AutoAWQ", "FlapPruner", "LMQuant", "TensorRTLLM", "SpQR", "ReALLM")
+PLANNED = ("AutoAWQ", "FlapPruner", "LMQuant", "TensorRTLLM", "ReALLM")
 
 
 def rows() -> tuple[Row, ...]:

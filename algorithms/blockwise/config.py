@@ -16,6 +16,7 @@ from configs.values import (
     Flag,
     LoadDtype,
     Nullable,
+    OptionalCount,
     Overwrite,
     Seed,
     Whole,
@@ -56,6 +57,8 @@ class BlockwiseParameters(AlgorithmParameters):
 
     # what layers and blocks should reproduce: the original's residual stream, or their outputs on the inputs they have now
     targets: Annotated[str, BeforeValidator(Choice(("original", "compressed_prefix")))] = "original"
+    # sequences whose original hidden states are followed; null: 24 tokens for each input of the widest linear, all with tuning
+    reference_samples: OptionalCount = None
     true_sequential: Flag = False
     block_tuning: BlockTuningConfig | None = None
 

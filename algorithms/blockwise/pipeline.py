@@ -18,6 +18,9 @@ from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
 
 BITS = "bits_report.json"
+# Correcting a layer towards the original model is a regression with as many unknowns an output as there are inputs; more tokens
+# cost forwards of the original model and gain little (this and half of it are compared in the README of GPTQ).
+_TOKENS_PER_INPUT = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,7 @@ class Pipeline(Generic[Weight]):
             name=self.method.name,
             kind=self.calibrated_kind,
             follows_original=config.targets == "original",
+            reference_sequences=self._reference_sequences(source),
             sequential=config.true_sequential,
             sequence_length=config.sequence_length,
             dtype=config.dtype,
@@ -99,10 +103,25 @@ class Pipeline(Generic[Weight]):
         )
         return stages.calibrate(context, source, compressor, how)
 
+    def _reference_sequences(self, source: ModelSource) -> int | None:
+        """Sequences whose original hidden states are followed; None for all, of which block tuning makes its targets."""
+        config = self.config
+        if config.block_tuning is not None or config.reference_samples is not None:
+            return None if config.block_tuning is not None else config.reference_samples
+        widest = max(columns for _, columns in linear_shapes(source).values())
+        return -(-_TOKENS_PER_INPUT * widest // config.sequence_length)
+
     def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:
         atomic_write_json(context.output_dir / BITS, self.bits(artifact))
         kind = f"{self.method.name}-conversion"
         return stages.convert(context, artifact, kind=kind, exports=self.exports, exporters=self.exporters)
+
+
+def linear_shapes(source: ModelSource) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every compressed linear of a block, by name."""
+    block = source.skeleton().get_submodule(f"{source.architecture.blocks}.0")
+    shapes = {name: block.get_submodule(name).weight.shape for name in source.architecture.linears}
+    return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
 
 
 def check_groups(source: ModelSource, group_size: int, key: str) -> None:
@@ -111,9 +130,8 @@ def check_groups(source: ModelSource, group_size: int, key: str) -> None:
     Raises:
         ValueError: lists all linears that are not, and names the ``key``.
     """
-    block = source.skeleton().get_submodule(f"{source.architecture.blocks}.0")
-    shapes = {name: tuple(block.get_submodule(name).weight.shape) for name in source.architecture.linears}
-    wrong = [f"{name} [{rows}, {columns}]" for name, (rows, columns) in shapes.items() if columns % group_size]
+    shapes = linear_shapes(source).items()
+    wrong = [f"{name} [{rows}, {columns}]" for name, (rows, columns) in shapes if columns % group_size]
     if group_size > 0 and wrong:
         raise ValueError(f"{key}: groups of {group_size} columns do not divide {', '.join(wrong)}; -1 takes whole rows.")
 

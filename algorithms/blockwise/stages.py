@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from algorithms.base import Artifact, StageContext
 from algorithms.formats.checkpoint import OUTSIDE, Calibrated, DenseState
@@ -25,7 +25,7 @@ from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, folder_digest
 from algorithms.modeling.source import ModelSource
 
-_TOKENS_PER_BATCH = 2048
+_TOKENS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,15 @@ class Calibration:
     """How a method walks through a model.
 
     ``name`` is shown to the user, ``kind`` marks the artifact. ``follows_original`` takes targets from the original model's own
-    hidden states, ``sequential`` gathers statistics group by group. Hidden states are kept in ``dtype``, on the CPU with
-    ``offload``. ``facts`` makes what a reader of the folder must know from the reports of all blocks, for calibration.json.
+    hidden states, for ``reference_sequences`` of the sequences (None: all, as block tuning needs them); ``sequential`` gathers
+    statistics group by group. Hidden states are kept in ``dtype``, on the CPU with ``offload``. ``facts`` makes of all blocks'
+    reports what a reader of the folder must know, for calibration.json.
     """
 
     name: str
     kind: str
     follows_original: bool
+    reference_sequences: int | None = None
     sequential: bool
     sequence_length: int
     dtype: str = "auto"
@@ -127,16 +129,28 @@ def round_to_storage(block: nn.Module, compressed: Sequence[str]) -> None:
 
 
 def _streams(context: StageContext, source: ModelSource, how: Calibration) -> Streams:
-    training, validation = embed(
+    followed, others = _spread(context.tokens, how.reference_sequences)
+    reference, rest, validation = embed(
         source,
-        (context.tokens, context.validation_tokens),
+        (followed, others, context.validation_tokens),
         batch_size=max(1, _TOKENS_PER_BATCH // how.sequence_length),
         device=context.device,
         offload=how.offload,
         dtype=torch.float32 if how.dtype == "auto" else getattr(torch, how.dtype),
     )
-    reference = (training.copy(), validation.copy()) if how.follows_original else None
-    return Streams(training=training, validation=validation, reference=reference)
+    return Streams(
+        training=replace(reference, batches=[*reference.batches, *rest.batches]),
+        validation=validation,
+        reference=(reference, validation.copy()) if how.follows_original else None,
+    )
+
+
+def _spread(sequences: Sequence[Tensor], count: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    """So many of the sequences at even distances, and the others."""
+    if count is None or count >= len(sequences):
+        return list(sequences), []
+    chosen = {place * len(sequences) // count for place in range(count)}
+    return [sequences[place] for place in sorted(chosen)], [s for place, s in enumerate(sequences) if place not in chosen]
 
 
 def _write_outside(source: ModelSource, directory: Path) -> None:

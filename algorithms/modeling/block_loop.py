@@ -76,6 +76,7 @@ class Streams:
 
     With a reference, linears that write to the residual stream, and blocks, are asked for what brings the stream back to the
     original model's, and so undo the error they are handed. Without, for what they would have made of the compressed prefix.
+    A reference may hold the first batches alone where no block is tuned.
     """
 
     training: Activations
@@ -218,7 +219,7 @@ def _take_outputs(walk: GroupWalk, training: Activations, reference: Activations
     error = power = 0.0
     for place, output in enumerate(walk.outputs()):
         training.take(place, output)
-        if reference is not None:
+        if reference is not None and place < len(reference.batches):
             target = reference.compute(reference.batches[place])
             error += torch.sum((output - target).square(), dtype=torch.float64).item()
             power += torch.sum(target.square(), dtype=torch.float64).item()

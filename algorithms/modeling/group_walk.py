@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from types import TracebackType
 from typing import Self
 
@@ -39,7 +40,7 @@ class GroupWalk:
         block: the block; its linears are replaced one by one.
         original: a copy of the block that stays as it is.
         current: hidden states of the compressed prefix.
-        reference: those of the original model for the same tokens, or None.
+        reference: those of the original model for the same tokens, for the first batches at least; or None.
     """
 
     def __init__(
@@ -78,11 +79,10 @@ class GroupWalk:
         statistics = InputStatistics(
             linear.in_features, linear.weight.device, out_features=linear.out_features if corrects else None
         )
-        wanted = self._wanted() if corrects else None
-        for inputs in self._walk.next_stop():
-            statistics.update(inputs, None if wanted is None else next(wanted))
-        if wanted is not None:
-            assert next(wanted, None) is None  # the original's walk, too, is consumed to its end
+        # The reference may have fewer batches; the original's walk is consumed to its end whichever ends first.
+        wanted = self._wanted() if corrects else iter(())
+        for inputs, outputs in zip_longest(self._walk.next_stop(), wanted):
+            statistics.update(inputs, outputs)
         self._is_behind_writer = corrects
         return statistics
 
@@ -110,7 +110,7 @@ class GroupWalk:
             yield self._distances.add(place, output)
 
     def _subtract(self, place: int, output: Tensor) -> None:
-        if self._is_behind_writer and self._distances is not None:
+        if self._is_behind_writer and self._distances is not None and place in self._distances:
             self._distances.subtract(place, output)
 
 
@@ -120,6 +120,9 @@ class _Distances:
     def __init__(self, current: Activations, reference: Activations) -> None:
         self._current, self._reference = current, reference
         self._kept: dict[int, Tensor] = {}
+
+    def __contains__(self, place: int) -> bool:
+        return place in self._kept
 
     def add(self, place: int, output: Tensor) -> Tensor:
         """The original stream moves on by a linear's output; returns the distance [b, length, hidden] as it is then."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Share of the mean diagonal of H that is added before it is inverted: directions that the calibration text hardly shows carry
-# no evidence of how to correct a weight along them.
+# Least share of the mean diagonal of H that is added before it is inverted: directions that the calibration text hardly shows
+# carry no evidence of how to correct a weight along them. With few tokens for each input feature the share is their inverse.
 _RIDGE = 0.01
 # Columns whose products with themselves and all later ones are taken at once: narrower panels compute less twice, wider ones
 # keep the product efficient.
@@ -16,45 +16,57 @@ _GRAM_PANEL = 128
 class InputStatistics:
     """Streaming mean of x x^T over tokens: the project's one Hessian convention, H = E[x x^T], without a factor 2.
 
-    With ``out_features``, each token comes with the output t that the layer is wanted to have for it, and E[t x^T] is gathered
-    too. Products are taken in float32 and summed in float64, so the result does not depend on how the tokens were batched
+    With ``out_features``, tokens may come with the output t that the layer is wanted to have for them, and E[t x^T] is gathered
+    from those. Products are taken in float32 and summed in float64: the result does not depend on how the tokens were batched
     beyond float32 rounding of one batch. Tokens with a non-finite value are left out and counted.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu", *, out_features: int | None = None) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
-        self._wanted = (
-            None if out_features is None else torch.zeros(out_features, in_features, dtype=torch.float64, device=device)
-        )
+        self._wanted = None if out_features is None else self._sum.new_zeros(out_features, in_features)
+        self._unwanted: Tensor | None = None  # the sum over tokens without a wanted output, where others have one
         self.num_tokens = 0
+        self.num_corrected = 0  # tokens with a wanted output
         self.num_skipped = 0
 
     def update(self, inputs: Tensor, wanted: Tensor | None = None) -> None:
         """Add tokens [..., in_features] and, where the statistics gather them, the outputs [..., out_features] wanted for them.
 
         Raises:
-            ValueError: wanted outputs that the statistics do not gather, or none where they do.
+            ValueError: wanted outputs that the statistics do not gather.
         """
-        if (wanted is None) != (self._wanted is None):
-            raise ValueError("statistics with out_features need the wanted output of every token, others take none")
+        if wanted is not None and self._wanted is None:
+            raise ValueError("statistics without out_features take no wanted outputs")
         rows = _rows(inputs)
         outputs = None if wanted is None else _rows(wanted)
         finite = torch.isfinite(rows.sum(1) if outputs is None else rows.sum(1) + outputs.sum(1))
         if not finite.all():
             self.num_skipped += int((~finite).sum())
             rows, outputs = rows[finite], None if outputs is None else outputs[finite]
-        _add_gram(self._sum, rows)
+        _add_gram(self._total_for(outputs), rows)
         if self._wanted is not None and outputs is not None:
             self._wanted += outputs.T @ rows
+            self.num_corrected += rows.shape[0]
         self.num_tokens += rows.shape[0]
 
     def merge(self, other: InputStatistics) -> None:
         """Add what another process or batch has gathered."""
         self._sum += other._sum
+        if other._unwanted is not None:
+            self._unwanted = other._unwanted if self._unwanted is None else self._unwanted + other._unwanted
         if self._wanted is not None and other._wanted is not None:
             self._wanted += other._wanted
         self.num_tokens += other.num_tokens
+        self.num_corrected += other.num_corrected
         self.num_skipped += other.num_skipped
+
+    def _total_for(self, outputs: Tensor | None) -> Tensor:
+        """The sum that a batch belongs to."""
+        if self._wanted is None or outputs is not None:
+            return self._sum
+        if self._unwanted is None:
+            self._unwanted = torch.zeros_like(self._sum)
+        return self._unwanted
 
     def hessian(self) -> Tensor:
         """H [in_features, in_features] in float32.
@@ -67,10 +79,11 @@ class InputStatistics:
                 f"no finite activations reached this layer ({self.num_skipped} tokens were infinite or NaN): "
                 "the model overflows on the calibration text in float32; look at its weights."
             )
-        return (self._sum / self.num_tokens).float()
+        total = self._sum if self._unwanted is None else self._sum + self._unwanted
+        return (total / self.num_tokens).float()
 
     def corrected(self, matrix: Tensor) -> Tensor:
-        """The weight that best gives the wanted outputs t from the inputs x; ``matrix`` itself where none were gathered.
+        """The weight that best gives the wanted outputs t from their inputs x; ``matrix`` itself where none were gathered.
 
         It minimises E|V x - t|^2 plus a small ridge around W: V = W + (E[t x^T] - W H) (H + ridge)^-1. Without the ridge,
         E|V' x - t|^2 = <(V' - V) H, V' - V> + const, so compressing V under H makes up for errors made before this layer.
@@ -78,10 +91,11 @@ class InputStatistics:
         Args:
             matrix: W, [out_features, in_features].
         """
-        if self._wanted is None or self.num_tokens == 0:
+        if self._wanted is None or self.num_corrected == 0:
             return matrix
         damped = self._sum.clone()
-        damped.diagonal().add_(_RIDGE * self._sum.diagonal().mean())
+        share = max(_RIDGE, self._sum.shape[0] / self.num_corrected)
+        damped.diagonal().add_(share * self._sum.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             return matrix  # no correction can be computed: none is made

@@ -17,8 +17,9 @@ ALLOWED = {
     "algorithms": set(),
     "algorithms.registry": {"configs"},
     "algorithms.base": {"algorithms.modeling"},
-    "algorithms.blockwise": {f"algorithms.{unit}" for unit in ("base", "finetuning", "formats", "modeling", "numerics")},
-    "algorithms.finetuning": {"algorithms.numerics", "algorithms.modeling"},
+    "algorithms.blockwise": {f"algorithms.{unit}" for unit in ("base", "finetuning", "formats", "modeling", "numerics")}
+    | {"configs"},
+    "algorithms.finetuning": {"algorithms.numerics", "algorithms.modeling", "configs"},
     "algorithms.formats": {"algorithms.numerics", "algorithms.modeling"},
     "algorithms.modeling": {"algorithms.numerics"},
     "algorithms.numerics": set(),

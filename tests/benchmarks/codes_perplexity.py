@@ -81,8 +81,9 @@ def main() -> None:
         mean = math.exp(sum(math.log(value) for value in figures.values()) / len(figures))
         each = " / ".join(f"{value:.2f}" for value in figures.values())
         parts = ", ".join(f"{name} {value:.3f}" for name, value in bits.items())
+        total = sum(bits.values())
         sys.stdout.write(
-            f"{setting}\n    {each}   geometric mean {mean:.3f}   {sum(bits.values()):.3f} bits ({parts})   {seconds:.1f} CPU s\n"
+            f"{setting}\n    {each}   geometric mean {mean:.3f}   {seconds:.1f} CPU s\n    {total:.3f} bits: {parts}\n"
         )
         sys.stdout.flush()
 

@@ -59,8 +59,9 @@ def test_the_corrected_weight_solves_the_regression_onto_the_wanted_outputs():
     statistics = InputStatistics(6, out_features=3)
     for part in (slice(0, 150), slice(150, 400)):
         statistics.update(inputs[part], wanted[part])
-    # The ridge as extra rows of an ordinary least-squares problem whose answer is matrix where there is no evidence.
-    weight = (0.01 * (inputs.double().T @ inputs.double()).diagonal().mean()).sqrt() * torch.eye(6, dtype=torch.float64)
+    # The ridge (6 features / 400 tokens) as extra rows of an ordinary least-squares problem whose answer is matrix where
+    # there is no evidence.
+    weight = (6 / 400 * (inputs.double().T @ inputs.double()).diagonal().mean()).sqrt() * torch.eye(6, dtype=torch.float64)
     design = torch.cat([inputs.double(), weight])
     answers = torch.cat([wanted.double(), weight @ matrix.double().T])
     expected = torch.linalg.lstsq(design, answers).solution.T
@@ -72,11 +73,27 @@ def test_outputs_that_the_weight_gives_need_no_correction():
     statistics = InputStatistics(4, out_features=2)
     statistics.update(inputs, inputs @ matrix.T)
     torch.testing.assert_close(statistics.corrected(matrix), matrix)
-    with pytest.raises(ValueError, match="wanted"):
-        statistics.update(inputs)
     plain = InputStatistics(4)
     plain.update(inputs)
     assert plain.corrected(matrix) is matrix
+    with pytest.raises(ValueError, match="wanted"):
+        plain.update(inputs, inputs @ matrix.T)
+
+
+def test_tokens_without_a_wanted_output_count_for_the_hessian_alone():
+    inputs, others, matrix = torch.randn(50, 4), torch.randn(70, 4), torch.randn(2, 4)
+    some, part = InputStatistics(4, out_features=2), InputStatistics(4, out_features=2)
+    some.update(inputs, inputs @ matrix.T + 1)
+    part.update(inputs, inputs @ matrix.T + 1)
+    some.update(others)
+    torch.testing.assert_close(some.corrected(matrix), part.corrected(matrix))
+    both = torch.cat([inputs, others])
+    torch.testing.assert_close(some.hessian(), both.T @ both / 120)
+    twice = InputStatistics(4, out_features=2)
+    twice.merge(some)
+    twice.merge(some)
+    torch.testing.assert_close(twice.hessian(), some.hessian())
+    assert (twice.num_tokens, twice.num_corrected) == (240, 100)
 
 
 def test_the_panels_of_the_product_cover_it():

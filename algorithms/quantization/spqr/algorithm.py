@@ -1,0 +1,66 @@
+"""SpQR: small groups, two-level statistics and a few weights kept as they are (arXiv 2306.03078)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import nn
+
+from algorithms.base import Artifact, CompressionAlgorithm, StageSpec
+from algorithms.blockwise.coded import Method
+from algorithms.blockwise.pipeline import Pipeline, check_groups
+from algorithms.formats import spqr
+from algorithms.modeling.source import ModelSource
+from algorithms.numerics.sparse_quantized import SparseQuantized
+from algorithms.quantization.spqr.calibration import fit
+from algorithms.quantization.spqr.config import SpqrConfig
+from algorithms.quantization.spqr.conversion import FORMATS, check_exports, exporters, read_export
+from algorithms.quantization.spqr.weight import stored_bits, tunable, tuned
+
+
+class Spqr(CompressionAlgorithm):
+    """The plugin: stages calibration and conversion."""
+
+    name = "SpQR"
+    formats = FORMATS
+
+    def __init__(self, config: SpqrConfig, exports: Sequence[str] = ()) -> None:
+        # The packed form is the small one, and no stock client reads it: without EXPORT both are written.
+        super().__init__(config, exports or ("dense", "spqr"))
+        self._config = config
+        method = Method[SparseQuantized](
+            name="spqr",
+            fit=partial(fit, config=config),
+            pack=spqr.pack,
+            dense_state=spqr.dense_state,
+            stored_bits=stored_bits,
+            tunable=tunable,
+            tuned=tuned,
+        )
+        self._pipeline = Pipeline(
+            config=config, method=method, exports=self.exports, exporters=exporters(config), read_export=read_export
+        )
+
+    def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
+        """Refuse groups that do not divide the model's matrices, and formats that cannot hold the weights.
+
+        Raises:
+            ValueError: what is wrong, and which key to change.
+        """
+        if "calibration" in stages:
+            check_groups(source, self._config.group_size, "llm.SpQR.groupsize")
+        if "conversion" in stages:
+            check_exports(self._config, self.exports, source)
+
+    def stages(self) -> Sequence[StageSpec]:
+        """Calibration and conversion."""
+        return self._pipeline.specs()
+
+    def load(self, artifact: Artifact) -> nn.Module:
+        """A calibration or an export as a float32 model."""
+        return self._pipeline.load(artifact)
+
+    def bits(self, artifact: Artifact) -> Mapping[str, float]:
+        """Stored bits by component, and the number of compressed weights."""
+        return self._pipeline.bits(artifact)
