@@ -19,6 +19,7 @@ from algorithms.finetuning.tunable import TunableLinear
 from algorithms.modeling.block_loop import BlockData
 
 _TUNING_TOKENS = 2048
+_BETAS = (0.9, 0.999)
 # A position is never on the edge itself: a first step of noise would turn it.
 _MOST_FRACTION = 0.45
 
@@ -110,6 +111,7 @@ def tune_rounding(
         early_stop=config.early_stop,
         keep_best=config.keep_best,
         recompute=config.use_checkpointing,
+        betas=_BETAS,
     )
     return tune_block(index, block, data, learning_rates(block, config), settings, generator)
 

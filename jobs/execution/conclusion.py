@@ -227,6 +227,7 @@ def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates:
     job, source = outcome.job, outcome.job.source
     manifest = job.manifest.current
     names = [stage.spec.name for stage in outcome.plan.stages]
+    sizes = {name: _published_size(outcome, format_folder(name, outcome.formats)) for name in outcome.formats}
     stages = {name: manifest.stages[name] for name in names if _counts(outcome, name)}
     return Summary(
         model=source.name,
@@ -234,7 +235,8 @@ def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates:
         output=job.workspace.job_dir if outcome.formats else outcome.artifact.directory,
         bits=BitAccount.of(_bits(outcome), source.num_parameters),
         size_before=sum((source.directory / name).stat().st_size for name in set(source.weight_files.values())),
-        size_after=_published_size(outcome) if outcome.formats else None,
+        size_after=sizes.pop(outcome.formats[0]) if outcome.formats else None,
+        further_sizes=sizes,
         figures=figures,
         certificates=certificates,
         stages=stages,
@@ -254,11 +256,11 @@ def _counts(outcome: Outcome, name: str) -> bool:
     return record is not None and record.key == outcome.plan[name].key
 
 
-def _published_size(outcome: Outcome) -> int:
-    """Bytes of the weights of the first format."""
+def _published_size(outcome: Outcome, folder: str) -> int:
+    """Bytes of the weights of the format in a folder, as :func:`format_folder` names it."""
     files = outcome.job.manifest.current.stages[outcome.plan.goal.spec.name].files
-    paths = {name: PurePosixPath(name) for name in files}
-    return sum(files[name].size for name, path in paths.items() if len(path.parts) == 1 and path.suffix in _WEIGHTS)
+    inside = {name: PurePosixPath(name) for name in files if PurePosixPath(name).parent == PurePosixPath(folder)}
+    return sum(files[name].size for name, path in inside.items() if path.suffix in _WEIGHTS)
 
 
 def _write_card(outcome: Outcome, summary: Summary) -> None:

@@ -23,6 +23,23 @@ _INSTALL = {
 }
 
 
+# The line that loads a format, where it is not plain from_pretrained on a folder.
+_PLAIN = "model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)"
+_LOADING = {
+    "gguf": 'model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=dtype).to(device)',
+    "spqr": "model = load_packed(Path(folder)).to(device)",
+}
+_IMPORTS = {
+    "spqr": ("from pathlib import Path", "from algorithms.formats.spqr import load_packed  # of Bitpress, which wrote this")
+}
+_NOTES = {
+    "gptq": "vLLM serves this folder as it is (`vllm serve .`); transformers reads it through gptqmodel, on a GPU.",
+    "compressed-tensors": "vLLM serves this folder as it is (`vllm serve .`).",
+    "gguf": "llama.cpp runs `model.gguf` as it is.",
+    "spqr": "transformers alone does not know this layout and would start from random weights.",
+}
+
+
 def model_card(
     summary: Summary, *, formats: tuple[str, ...], recipe: str, tags: tuple[str, ...], notes: tuple[str, ...]
 ) -> str:
@@ -99,23 +116,33 @@ def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -
     lines = ["## Use", ""]
     if install:
         lines += ["```bash", install, "```", ""]
-    lines += [f"{note}\n" for note in notes]
+    lines += [f"{note}\n" for note in (*notes, *filter(None, [_NOTES.get(formats[0])]))]
     lines += [
         "```python",
         "import torch",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *_IMPORTS.get(formats[0], ()),
         "",
         'folder = "."  # this folder',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "dtype = torch.float16 if torch.cuda.is_available() else torch.float32",
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")',
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        'dtype = torch.float16 if device == "cuda" else torch.float32',
+        _LOADING.get(formats[0], _PLAIN),
         'prompt = tokenizer("Question: How many", return_tensors="pt").to(model.device)',
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
         "```",
     ]
     if len(formats) > 1:
-        lines += ["", "Further formats: " + ", ".join(f"`exports/{name}`" for name in formats[1:]) + "."]
+        lines += ["", "Further formats:", ""]
+        lines += [_further(name) for name in formats[1:] if name not in failed]
     return "\n".join(lines)
+
+
+def _further(name: str) -> str:
+    """One line about a format in its own folder."""
+    loading = [*_IMPORTS.get(name, ()), _LOADING[name]] if name in _LOADING else []
+    parts = [f"`exports/{name}`", ", ".join(f"`{line.partition('  #')[0]}`" for line in loading), _NOTES.get(name)]
+    return "- " + ": ".join(part for part in parts if part)
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -57,7 +57,8 @@ class BitAccount:
 class Summary:
     """All that the closing summary says.
 
-    Sizes in bytes; ``stages`` by name, with ``ran`` those of this run; ``data`` is the text that each stage was given.
+    Sizes in bytes, ``further_sizes`` those of the formats after the first; ``stages`` by name, with ``ran`` those of this run;
+    ``data`` is the text that each stage was given.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Summary:
     stages: Mapping[str, StageRecord]
     ran: Sequence[str]
     data: Mapping[str, str] = field(default_factory=dict)
+    further_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def facts(self) -> list[tuple[str, str]]:
         """Label and value of each line above the tables."""
@@ -80,13 +82,15 @@ class Summary:
             lines.append(("bits per compressed weight", f"{self.bits.per_weight:.3f} ({parts})"))
             lines.append(("bits per parameter of the model", f"{self.bits.per_model_parameter:.3f}"))
         if self.size_after is not None:
-            ratio = self.size_before / self.size_after if self.size_after else 0
-            lines.append(
-                ("weights on disk", f"{size(self.size_before)} -> {size(self.size_after)} ({ratio:.2f} times smaller)")
-            )
+            lines.append(("weights on disk", self._shrunk_to(self.size_after)))
+        lines.extend((f"weights on disk, {name}", self._shrunk_to(count)) for name, count in self.further_sizes.items())
         lines.extend((f"certificate, {c.format}", f"{c.verdict.value}: {c.reason}") for c in self.certificates)
         lines.append(("output", str(self.output)))
         return lines
+
+    def _shrunk_to(self, count: int) -> str:
+        ratio = self.size_before / count if count else 0
+        return f"{size(self.size_before)} -> {size(count)} ({ratio:.2f} times smaller)"
 
     def figure_rows(self) -> list[tuple[str, ...]]:
         """One row a text: sequence length, windows, tokens, perplexity before and after, KL, top-1 agreement."""

@@ -51,7 +51,7 @@ def publish(
 
     Files are hard links, or copies where the file system has none. The manifest lists old and new files while the work is
     going on, so that a kill leaves nothing behind that the next run would not clean up. ``withheld`` are folders (as
-    :func:`format_folder` names them) whose format failed its certificate: their files are there, their config.json is not.
+    :func:`format_folder` names them) whose format failed its certificate: their files are there, but for config.json or GGUF.
     """
     earlier = manifest.current.published
     old = earlier.files if earlier else {}
@@ -136,6 +136,6 @@ def _config_last(name: str) -> tuple[bool, bool, str]:
 
 
 def _is_withheld(name: str, folders: Collection[str]) -> bool:
-    """Whether a file is the config.json of one of ``folders``, as :func:`format_folder` names them."""
+    """Whether a file is what makes a model of one of ``folders`` (see :func:`format_folder`): its config.json or GGUF file."""
     path = PurePosixPath(name)
-    return path.name == CONFIG and path.parent in map(PurePosixPath, folders)
+    return (path.name == CONFIG or path.suffix == ".gguf") and path.parent in map(PurePosixPath, folders)

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 from pathlib import Path
 
@@ -106,3 +107,36 @@ def test_what_a_reader_must_know_depends_on_the_format():
 )
 def test_sizes(count, said):
     assert size(count) == said
+
+
+def test_every_further_format_has_its_size_beside_the_first_ones():
+    facts = dict(dataclasses.replace(summary(), further_sizes={"spqr": 500_000}).facts())
+    assert facts["weights on disk"] == "3.0 MB -> 1.2 MB (2.40 times smaller)"
+    assert facts["weights on disk, spqr"] == "3.0 MB -> 500.0 kB (6.00 times smaller)"
+
+
+@pytest.mark.parametrize(
+    ("formats", "said"),
+    [
+        (("gguf",), 'from_pretrained(folder, gguf_file="model.gguf", dtype=dtype)'),
+        (("spqr",), "from algorithms.formats.spqr import load_packed"),
+        (("dense", "spqr"), "- `exports/spqr`: `from pathlib import Path`, `from algorithms.formats.spqr import load_packed`"),
+        (("gptq",), "vLLM serves this folder as it is"),
+        (("compressed-tensors",), "pip install compressed-tensors"),
+    ],
+)
+def test_the_card_says_how_each_format_is_loaded(formats, said):
+    certificates = tuple(FormatCertificate(format=name, verdict=Verdict.PASSED, reason="so") for name in formats)
+    text = model_card(dataclasses.replace(summary(), certificates=certificates), formats=formats, recipe="", tags=(), notes=())
+    assert said in text
+
+
+def test_a_further_format_that_failed_is_not_offered():
+    failed = (
+        FormatCertificate(format="dense", verdict=Verdict.PASSED, reason="so"),
+        FormatCertificate(format="gguf", verdict=Verdict.FAILED, reason="not so"),
+    )
+    text = model_card(
+        dataclasses.replace(summary(), certificates=failed), formats=("dense", "gguf"), recipe="", tags=(), notes=()
+    )
+    assert "exports/gguf" not in text

@@ -8,7 +8,10 @@ from jobs.results import publishing
 from jobs.results.artifacts import describe_folder
 from jobs.results.publishing import check_target, count_files, format_folder, is_published, publish, write_extra
 
-NAMES = ("config.json", "zz.safetensors", "exports/b/config.json", "exports/b/b.gguf", "packed/p.safetensors")
+NAMES = (
+    "config.json", "zz.safetensors", "exports/b/config.json", "exports/b/b.safetensors", "exports/c/model.gguf",
+    "packed/p.safetensors",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -105,10 +108,18 @@ def test_a_withheld_format_keeps_its_files_and_loses_its_config(tmp_path, job):
     publication = stage(tmp_path / "converted")
     publish(tmp_path / "converted", job, manifest_in(job), publication, withheld=["exports/b"])
     assert (job / "config.json").is_file()
-    assert (job / "exports/b/b.gguf").is_file()
+    assert (job / "exports/b/b.safetensors").is_file()
     assert not (job / "exports/b/config.json").exists()
+    assert (job / "exports/c/model.gguf").is_file()
     assert is_published(job, publication, publication.key, ["exports/b"])
     assert not is_published(job, publication, publication.key)
+
+
+def test_a_withheld_gguf_file_is_not_there_since_it_needs_no_config(tmp_path, job):
+    publication = stage(tmp_path / "converted")
+    publish(tmp_path / "converted", job, manifest_in(job), publication, withheld=["exports/c"])
+    assert not (job / "exports/c/model.gguf").exists()
+    assert (job / "exports/b/config.json").is_file()
 
 
 def test_the_card_replaces_a_link_and_not_what_it_leads_to(tmp_path, job):
