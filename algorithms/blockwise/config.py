@@ -89,15 +89,22 @@ class BlockwiseParameters(AlgorithmParameters):
         settings = {name: value for name, value in dumped.items() if name not in NOT_SHAPING and name not in self.inert}
         if self.targets == "original":
             settings.pop("true_sequential")  # implied
+        if self.block_tuning is not None:
+            settings["block_tuning"] = self.block_tuning.shaping
         return settings
 
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
         """The lines of the keys without effect."""
-        lines = super().warnings(prefix)
+        lines = list(super().warnings(prefix))
         if self.true_sequential and self.targets == "original":
             key = f"{prefix}true_sequential"
-            return (*lines, f"{key} has no effect: targets: original implies it; it counts with targets: compressed_prefix")
-        return lines
+            lines.append(f"{key} has no effect: targets: original implies it; it counts with targets: compressed_prefix")
+        if self.reference_samples is not None and (self.block_tuning is not None or self.targets != "original"):
+            reason = (
+                "targets: compressed_prefix follows no original" if self.targets != "original" else "block tuning needs all"
+            )
+            lines.append(f"{prefix}reference_samples has no effect: {reason}")
+        return tuple(lines)
 
     def memory_remedies(self) -> tuple[str, ...]:
         """Overrides that need less memory, those that leave the result as it is first."""

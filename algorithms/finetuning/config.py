@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BeforeValidator
@@ -27,3 +28,8 @@ class BlockTuningConfig(Parameters):
     early_stop: OptionalCount = None
     keep_best: Flag = True
     use_checkpointing: Flag = False
+
+    @property
+    def shaping(self) -> Mapping[str, object]:
+        """Every value that shapes the result; the others change memory alone."""
+        return self.model_dump(mode="json", exclude={"micro_batch_size", "use_checkpointing"})
