@@ -29,6 +29,8 @@ NOT_SHAPING = frozenset(
     {"save_intermediate_results", "overwrite", "offload_activations", "num_samples", "sequence_length", "validation_size"}
 )
 
+# Likewise of block tuning.
+
 
 def columns_a_group(value: object) -> int:
     """Reads a group size: a whole number, or -1 (null in some recipes) for the whole row."""
@@ -89,6 +91,8 @@ class BlockwiseParameters(AlgorithmParameters):
         settings = {name: value for name, value in dumped.items() if name not in NOT_SHAPING and name not in self.inert}
         if self.targets == "original":
             settings.pop("true_sequential")  # implied
+        if self.targets != "original" or self.block_tuning is not None:
+            settings.pop("reference_samples")  # none is followed, or all are
         if self.block_tuning is not None:
             settings["block_tuning"] = self.block_tuning.shaping
         return settings

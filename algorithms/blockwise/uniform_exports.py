@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.blockwise.stages import Exporter, load_checkpoint, read_json
 from algorithms.formats import compressed_tensors, gguf, gptq, uniform
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
@@ -62,6 +63,8 @@ def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource)
     reasons = {name: setting.refusal(name) for name in exports}
     if "gguf" in exports and reasons["gguf"] is None:
         reasons["gguf"] = gguf.architecture_refusal(source.raw_config())
+    for name in {"gptq", "auto-round"} & reasons.keys():
+        reasons[name] = reasons[name] or gptq.shape_refusal(linear_shapes(source))
     said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if said:
         raise ValueError(" ".join(said))

@@ -59,7 +59,8 @@ class RoundingLinear(TunableLinear):
         group_size = codes.shape[1] // scales.shape[1]
         wanted = target.view(*scales.shape, group_size) / scales[:, :, None] + zeros[:, :, None]
         codes = codes.float()
-        fraction = (wanted.view_as(codes) - codes).clamp_(-_MOST_FRACTION, _MOST_FRACTION)
+        # A scale whose two-level code stands for nothing wants no code more than another.
+        fraction = (wanted.view_as(codes) - codes).nan_to_num_().clamp_(-_MOST_FRACTION, _MOST_FRACTION)
         self.positions = nn.Parameter(codes + fraction)
         self.scales = nn.Parameter(scales.clone(), requires_grad=False)
         self.scales_are_fixed = scales_are_fixed

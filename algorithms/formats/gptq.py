@@ -127,6 +127,12 @@ def refusal(*, bits: int, symmetric: bool, group_size: int, has_column_groups: b
     return None
 
 
+def shape_refusal(shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """Why matrices of these rows and columns, by name, cannot be written in this layout; None where all can."""
+    wrong = [f"{name} [{rows}, {columns}]" for name, (rows, columns) in shapes.items() if rows % WORD or columns % WORD]
+    return f"GPTQ's layout needs rows and columns in multiples of {WORD}, unlike {', '.join(wrong)}." if wrong else None
+
+
 def auto_round_zero_offset(symmetric: bool) -> int:
     """The ``zero_offset`` with which tensors go into auto-round's container."""
     return FIRST_VERSION if symmetric else SECOND_VERSION

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from algorithms.numerics.sparse_quantized import Outliers, SparseQuantized, Statistics
-from algorithms.numerics.two_level import join_groups, quantize_statistics
-from algorithms.numerics.uniform import SMALLEST_SCALE, stored_scales
+from algorithms.numerics.two_level import LARGEST_ZERO, join_groups, quantize_statistics
+from algorithms.numerics.uniform import SMALLEST_SCALE, stored_scales, whole_zero_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +41,22 @@ class SparseSettings:
         return (1 << self.bits) - 1
 
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zeros of ranges [...]; a range of one point is widened to zero, so that a constant group is exact."""
+        """Scales and zeros of ranges [...]; a range of one point is widened to zero, so that a constant group is exact.
+
+        A grid that is symmetric or has whole zeros holds zero, whatever the range. Where the range is small beside its
+        values, steps are widened until float16 can hold the zero.
+        """
+        if self.symmetric:
+            scales = (torch.maximum(low.abs(), high.abs()) * 2 / self.top).clamp(min=SMALLEST_SCALE)
+            return scales, torch.full_like(scales, (self.top + 1) / 2)
+        if self.round_zero:
+            scales, zeros = whole_zero_grid(low.clamp(max=0), high.clamp(min=0), self.top)
+            return scales.clamp(min=SMALLEST_SCALE), zeros
         point = low >= high
         low, high = torch.where(point, low.clamp(max=0), low), torch.where(point, high.clamp(min=0), high)
-        if self.symmetric:
-            high = torch.maximum(-low, high)
-            low = torch.where(low < 0, -high, low)
-        scales = ((high - low) / self.top).clamp(min=SMALLEST_SCALE)
-        if self.symmetric:
-            return scales, torch.full_like(scales, (self.top + 1) / 2)
-        zeros = -low / scales
-        return scales, zeros.round().clamp_(0, self.top) if self.round_zero else zeros
+        least = torch.maximum(low.abs(), high.abs()) / LARGEST_ZERO
+        scales = torch.maximum((high - low) / self.top, least).clamp(min=SMALLEST_SCALE)
+        return scales, -low / scales
 
 
 def saliency_scale(columns: Tensor, pivots: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def leave_one_out_gain(columns: Tensor, pivots: Tensor, settings: SparseSettings
     grid another one, and that spans the two smallest and two largest values: three grids a group instead of g.
 
     Args:
-        columns: of one group, [g, O], g at least 2.
+        columns: of one group, [g, O].
         pivots: d_j, [g].
         settings: of the grid.
     """
@@ -84,6 +89,8 @@ def leave_one_out_gain(columns: Tensor, pivots: Tensor, settings: SparseSettings
         return rounded.sub_(columns).div_(pivots[:, None]).square_()
 
     gains = errors(values[0], values[-1])
+    if columns.shape[0] == 1:
+        return gains
     total = gains.sum(0)
     for place, low, high in ((places[:1], values[1], values[-1]), (places[-1:], values[0], values[-2])):
         others = errors(low, high)

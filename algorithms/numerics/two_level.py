@@ -9,6 +9,9 @@ from algorithms.numerics.sparse_quantized import Statistics
 
 _SMALLEST = 2.0**-24  # float16's smallest number above zero
 _LARGEST = 65504.0
+# Half of what float16 reaches, and a power of two: where all rows of a run are one power of two, as the zeros of symmetric
+# grids are, it is exact.
+LARGEST_ZERO = 2.0**15
 
 
 def quantize_statistics(values: Tensor, *, bits: int, run: int, symmetric: bool = False) -> Statistics:
@@ -35,7 +38,7 @@ def quantize_statistics(values: Tensor, *, bits: int, run: int, symmetric: bool 
         high = torch.maximum(low.abs(), high)
         low = torch.where(low < 0, -high, torch.zeros_like(high))
     # A spread that is small beside the values would give a zero beyond float16.
-    least = torch.maximum(low.abs(), high.abs()).div(_LARGEST / 2).clamp(min=_SMALLEST)
+    least = torch.maximum(low.abs(), high.abs()).div(LARGEST_ZERO).clamp(min=_SMALLEST)
     scales = torch.maximum((high - low) / top, least).half().float().clamp(min=_SMALLEST)
     zeros = (-low / scales).clamp(-_LARGEST, _LARGEST).half().float()
     codes = torch.round(runs / scales[:, None] + zeros[:, None]).clamp_(0, top)

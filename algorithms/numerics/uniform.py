@@ -64,9 +64,7 @@ def fit_grid(columns: Tensor, weights: Tensor, *, bits: int, symmetric: bool, se
         full = torch.maximum(-low, high) * 2 / top
         zeros = torch.full_like(full, 1 << (bits - 1))
     else:
-        full = (high - low) / top
-        # A zero of 0 is left out: GPTQ's layout stores zero - 1, and its clients disagree on what -1 means.
-        zeros = torch.round(-low / full.clamp(min=SMALLEST_SCALE)).clamp_(1, top)
+        full, zeros = whole_zero_grid(low, high, top)
     scales = stored_scales(full)
     if not search:
         return scales, zeros
@@ -79,6 +77,18 @@ def fit_grid(columns: Tensor, weights: Tensor, *, bits: int, symmetric: bool, se
         least = torch.where(better, errors, least)
         scales = torch.where(better, tried, scales)
     return scales, zeros
+
+
+def whole_zero_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Scales and whole zeros of ranges that hold zero: ``low`` at most 0, ``high`` at least 0, codes 0 .. ``top``.
+
+    A zero of 0 is left out: GPTQ's layout stores zero - 1, and its clients disagree on what -1 means. The code below zero is
+    then lost on a range without negative numbers, and the others reach to its end in wider steps; one bit cannot afford that.
+    """
+    least = min(1, top - 1)
+    scales = (high - low) / top
+    zeros = torch.round(-low / scales.clamp(min=SMALLEST_SCALE))
+    return torch.where(zeros < least, high / (top - least), scales), zeros.clamp(least, top)
 
 
 def stored_scales(scales: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
@@ -23,3 +24,11 @@ class RtnConfig(BlockwiseParameters):
     group_size: Annotated[int, BeforeValidator(columns_a_group)] = Field(default=128, alias="groupsize")
     symmetric: Flag = Field(default=True, alias="sym")
     range_search: Flag = Field(default=True, alias="mse")
+
+    @property
+    def shaping(self) -> Mapping[str, object]:
+        """Every value that shapes a calibration: without block tuning, those of the grid alone."""
+        settings = super().shaping
+        if self.block_tuning is not None:
+            return settings
+        return {name: settings[name] for name in ("bits", "group_size", "symmetric", "range_search")}

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from algorithms.blockwise import uniform_exports
+from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.blockwise.stages import Exporter, load_checkpoint, read_json
 from algorithms.blockwise.uniform_exports import Setting
 from algorithms.formats import compressed_tensors, gptq, spqr, spqr_tiles
@@ -30,6 +31,8 @@ def check_exports(config: SpqrConfig, exports: Sequence[str], source: ModelSourc
         ValueError: names every such format, with its reason.
     """
     reasons = {name: _refusal(name, config) for name in exports}
+    if "gptq" in exports and reasons["gptq"] is None:
+        reasons["gptq"] = gptq.shape_refusal(linear_shapes(source))
     said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if said:
         raise ValueError(" ".join(said))
