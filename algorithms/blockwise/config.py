@@ -29,8 +29,6 @@ NOT_SHAPING = frozenset(
     {"save_intermediate_results", "overwrite", "offload_activations", "num_samples", "sequence_length", "validation_size"}
 )
 
-# Likewise of block tuning.
-
 
 def columns_a_group(value: object) -> int:
     """Reads a group size: a whole number, or -1 (null in some recipes) for the whole row."""
