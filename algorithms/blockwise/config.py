@@ -32,7 +32,10 @@ NOT_SHAPING = frozenset(
 
 def columns_a_group(value: object) -> int:
     """Reads a group size: a whole number, or -1 (null in some recipes) for the whole row."""
-    return -1 if value is None else _GROUP(value)
+    size = -1 if value is None else _GROUP(value)
+    if size == 0:
+        raise expected("a whole number of at least 1, or -1 for the whole row")
+    return size
 
 
 _GROUP = Whole(-1)

@@ -17,6 +17,7 @@ from algorithms.quantization.spqr.config import SpqrConfig
 
 # A first sweep at a threshold estimated from uncompensated weights misses its budget by a few percent.
 _MOST_SWEEPS = 8
+_LEAST_USE = 0.95  # of the outliers that a number of bits pays for
 
 
 def fit(wanted: Mapping[str, Tensor], statistics: InputStatistics | None, config: SpqrConfig) -> Mapping[str, SparseQuantized]:
@@ -74,7 +75,9 @@ def _sweep_in_budget(
     """Sweep at the recipe's threshold; where a matrix misses its budget of outliers, again at a better one."""
     grid = settings(config, columns.shape[0])
     share = config.outlier_share(grid.group_size)
-    thresholds = _thresholds(columns, factor.pivots, rows, grid, config, share)
+    # Without compensation an error costs its square, whichever the column.
+    pivots = torch.ones_like(factor.pivots) if config.nearest else factor.pivots
+    thresholds = _thresholds(columns, pivots, rows, grid, config, share)
     searches = [] if share is None else [_ThresholdSearch(place, share, fills=config.target_bits is not None) for place in rows]
     for _ in range(_MOST_SWEEPS):
         quantizer = SparseColumns(columns.shape[0], grid, thresholds.clone(), order)
@@ -86,16 +89,19 @@ def _sweep_in_budget(
 
 
 class _ThresholdSearch:
-    """Looks for the threshold at which one matrix has as many outliers as it may: at most, and with ``fills`` at least 95 %.
+    """Looks for the threshold at which one matrix has as many outliers as it may, or 95 % of that.
 
+    With ``fills`` from any threshold; without, one that makes no more than that to begin with stays.
     What every weight would have cost is known after a sweep; the threshold that this puts at the budget is tried first, then
-    the middle between one that lets too many pass and one that does not.
+    the place between one that lets too many pass and one that does not where a straight line in logarithms meets the budget.
+    An end of that line that stays counts half as much each time (the Illinois rule): lines through a far one hardly move.
     """
 
     def __init__(self, place: slice, share: float, *, fills: bool) -> None:
         self._place, self._share, self._fills = place, share, fills
-        self._too_low, self._holds = 0.0, math.inf
-        self._sweeps = 0
+        # Thresholds with the outliers that they make.
+        self._too_low, self._holds = (0.0, 0), (math.inf, 0)
+        self._sweeps = self._in_a_row = 0  # above the budget; below it where negative
 
     def step(self, quantizer: SparseColumns, thresholds: Tensor) -> bool:
         """Judge a sweep; whether another is needed, for which ``thresholds`` [O] is then changed."""
@@ -104,42 +110,50 @@ class _ThresholdSearch:
         used = thresholds[self._place][0].item()
         self._sweeps += 1
         if count > allowed:
-            self._too_low = max(self._too_low, used)
+            self._too_low = max(self._too_low, (used, count))
+            self._in_a_row = max(self._in_a_row, 0) + 1
         else:
-            self._holds = min(self._holds, used)
-            if not self._fills or count >= 0.95 * allowed or self._sweeps >= _MOST_SWEEPS // 2:
+            self._holds = min(self._holds, (used, count))
+            self._in_a_row = min(self._in_a_row, 0) - 1
+            stays = self._sweeps == 1 and not self._fills
+            if stays or count >= _LEAST_USE * allowed or self._sweeps >= _MOST_SWEEPS // 2:
                 return self._settle(thresholds, used)
         thresholds[self._place] = self._next(quantizer.saliencies[:, self._place], allowed)
         return True
 
     def _settle(self, thresholds: Tensor, used: float) -> bool:
         """Stay with the lowest threshold that holds; a sweep more where that is not the one just used."""
-        thresholds[self._place] = self._holds
-        return self._holds != used
+        thresholds[self._place] = self._holds[0]
+        return self._holds[0] != used
 
     def _next(self, saliencies: Tensor, allowed: int) -> float:
+        (too_low, above), (holds, below) = self._too_low, self._holds
         if self._sweeps >= _MOST_SWEEPS - 1:
-            return self._holds  # without one that holds, infinite: no outliers rather than too many
+            return holds  # without one that holds, infinite: no outliers rather than too many
         if self._sweeps == 1:
             return _largest(saliencies, allowed)
-        if self._too_low == 0.0:
-            return self._holds / 2
-        return 2 * self._too_low if self._holds == math.inf else math.sqrt(self._too_low * self._holds)
+        if too_low == 0.0:
+            return holds / 2
+        if holds == math.inf:
+            return 2 * too_low
+        wanted = max(0.5, (1 + _LEAST_USE) / 2 * allowed)
+        down, up = math.log(above / wanted), math.log(wanted / max(0.25, min(below, 0.9 * wanted)))
+        stale = 0.5 ** (abs(self._in_a_row) - 1)
+        down, up = (down, up * stale) if self._in_a_row > 0 else (down * stale, up)
+        return too_low * (holds / too_low) ** (down / (down + up))
 
 
 def _thresholds(
     columns: Tensor, pivots: Tensor, rows: list[slice], grid: SparseSettings, config: SpqrConfig, share: float | None
 ) -> Tensor:
-    """The threshold of every row, [O]: relative to its own matrix, and high enough for the share by the weights as they are."""
+    """The threshold of every row to begin with, [O]: the recipe's, relative to its own matrix, or an estimate for the share."""
     thresholds = columns.new_full((columns.shape[1],), torch.inf)
     for place in rows:
         part = columns[:, place]
-        if config.target_bits is None and config.outlier_threshold is not None:
+        if config.target_bits is not None and share is not None:
+            thresholds[place] = _threshold_for_share(part, pivots, grid, share)
+        elif config.outlier_threshold is not None:
             thresholds[place] = config.outlier_threshold * saliency_scale(part, pivots)
-        if share is not None and (config.target_bits is not None or config.outlier_threshold is not None):
-            estimate = _threshold_for_share(part, pivots, grid, share)
-            known = thresholds[place] if config.target_bits is None else thresholds.new_zeros(())
-            thresholds[place] = torch.maximum(known, columns.new_tensor(estimate))
     return thresholds
 
 

@@ -119,7 +119,7 @@ class SpqrConfig(BlockwiseParameters):
         "custom_data_path": Inert(None, "DATA_PATH at the top of the recipe counts"),
     }
 
-    @field_validator("outlier_threshold")
+    @field_validator("outlier_threshold", "target_bits")
     @classmethod
     def _leaving_one_out_needs_channels(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("per_channel") is False and not info.data.get("simplified_outliers"):

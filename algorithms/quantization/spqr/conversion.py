@@ -73,6 +73,8 @@ def _setting(config: SpqrConfig) -> Setting:
 def _refusal(name: str, config: SpqrConfig) -> str | None:
     setting = _setting(config)
     if name == "spqr-tiles":
+        if config.round_zero:
+            return "SpQR's kernel has zeros of two levels, which lie between codes; set round_zero: false."
         plain = config.scale_bits or 16, config.zero_bits or 16
         return spqr_tiles.refusal(
             bits=setting.bits, symmetric=setting.symmetric, group_size=setting.group_size,
@@ -109,7 +111,9 @@ def _write_tiles(calibrated: Calibrated, directory: Path) -> None:
     packed: dict[str, Tensor] = {}  # by shape alone: the config names the length of every packed tensor
     for index, tensors in calibrated.blocks():
         prefix = calibrated.source.block_prefix(index)
-        packed |= {prefix + name: tensor.to("meta") for name, tensor in _repacked(tensors, spqr_tiles.pack).items()}
+        for linear in spqr.packed_linears(list(tensors)):
+            tiles = spqr_tiles.pack(spqr.unpack(tensors, linear), linear)
+            packed |= {prefix + name: tensor.to("meta") for name, tensor in tiles.items()}
     settings = spqr_tiles.quantization_config(tensors=packed, kept_modules=(calibrated.source.architecture.head,))
     write_checkpoint(calibrated, directory, partial(_repacked, pack=spqr_tiles.pack), settings)
 

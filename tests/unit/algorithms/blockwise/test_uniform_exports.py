@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from algorithms.base import Artifact
+from algorithms.blockwise.stages import load_calibrated
+from algorithms.blockwise.uniform_exports import FORMATS, Setting, check_exports, exporters, read_export
+from algorithms.formats import uniform
+from algorithms.formats.checkpoint import OUTSIDE, Calibrated
+from algorithms.modeling.block_store import BlockStore
+from algorithms.modeling.companions import copy_companions
+from algorithms.modeling.source import ModelSource
+from algorithms.numerics.uniform import UniformCodes
+from tests.support.models import save_family
+from tests.support.quantized_models import QuantizedModel, quantized_llama
+
+SETTINGS = [
+    Setting(bits=4, symmetric=True, group_size=32),
+    Setting(bits=8, symmetric=True, group_size=64),
+    Setting(bits=8, symmetric=True, group_size=-1),
+    Setting(bits=3, symmetric=True, group_size=16),
+    Setting(bits=2, symmetric=False, group_size=16),
+    Setting(bits=4, symmetric=False, group_size=-1),
+    Setting(bits=5, symmetric=True, group_size=8),
+    Setting(bits=4, symmetric=True, group_size=16, has_column_groups=True),
+    Setting(bits=3, symmetric=False, group_size=32, has_column_groups=True),
+]
+
+
+def _scattered(code: UniformCodes, seed: int) -> UniformCodes:
+    columns = code.codes.shape[1]
+    places = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+    return UniformCodes(
+        codes=code.codes,
+        scales=code.scales,
+        zeros=code.zeros,
+        bits=code.bits,
+        groups=(places // code.group_size).to(torch.int32),
+    )
+
+
+def _calibration(folder: Path, model: QuantizedModel, setting: Setting) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A calibration folder with the codes of a model, and the weights that they stand for."""
+    source = model.source
+    folder.mkdir()
+    codes = dict(model.codes)
+    if setting.has_column_groups:
+        codes = {name: _scattered(code, seed) for seed, (name, code) in enumerate(codes.items())}
+    outside = {name: model.kept[name].half() for name in source.outside_names()}
+    save_file(outside, folder / OUTSIDE)
+    copy_companions(source.directory, folder)
+    (folder / "config.json").write_bytes((source.directory / "config.json").read_bytes())
+    store = BlockStore(folder)
+    for index in range(source.num_blocks):
+        prefix = source.block_prefix(index)
+        tensors = {name.removeprefix(prefix): tensor.half() for name, tensor in model.kept.items() if name.startswith(prefix)}
+        for name, code in codes.items():
+            if name.startswith(prefix):
+                tensors |= uniform.pack(code, name.removeprefix(prefix))
+        store.save(index, tensors, {})
+    dense = {f"{name}.weight": code.dequantize() for name, code in codes.items()}
+    return folder, model.kept | dense
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def tied(request):
+    return request.param
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_every_format_holds_the_calibrated_weights(tmp_path, setting, tied):
+    model = quantized_llama(
+        tmp_path / "base", bits=setting.bits, group_size=setting.group_size, symmetric=setting.symmetric, tied=tied
+    )
+    folder, expected = _calibration(tmp_path / "calibration", model, setting)
+    loaded = load_calibrated(folder, uniform.dense_state).state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name], tensor), name
+    written = [name for name in FORMATS if setting.refusal(name) is None]
+    check_exports(setting, written, model.source)
+    assert {"dense"} <= set(written)
+    for name in written:
+        out = tmp_path / name
+        out.mkdir()
+        exporters(setting)[name](Calibrated(folder), out)
+        found = read_export(out).state_dict()
+        for key, tensor in expected.items():
+            # Decoded weights are rounded to float16; everything else holds the codes and scales themselves.
+            rounded = tensor.half().float() if name == "dense" else tensor
+            torch.testing.assert_close(found[key], rounded, atol=1e-8, rtol=1e-6, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "formats", "first"),
+    [
+        (SETTINGS[0], FORMATS, "compressed-tensors"),
+        (SETTINGS[2], FORMATS, "compressed-tensors"),
+        (SETTINGS[3], ("compressed-tensors", "gptq", "auto-round", "dense"), "compressed-tensors"),
+        (SETTINGS[4], ("gptq", "auto-round", "dense"), "gptq"),
+        (SETTINGS[6], ("compressed-tensors", "dense"), "compressed-tensors"),
+        (SETTINGS[7], ("gptq", "dense"), "gptq"),
+        (Setting(bits=5, symmetric=False, group_size=16), ("dense",), "dense"),
+    ],
+    ids=str,
+)
+def test_which_formats_hold_a_setting(setting, formats, first):
+    assert tuple(name for name in FORMATS if setting.refusal(name) is None) == tuple(formats)
+    assert setting.first_format() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "said"),
+    [
+        ("compressed-tensors", Setting(bits=4, symmetric=False, group_size=32), "set sym: true"),
+        ("compressed-tensors", Setting(bits=4, symmetric=True, group_size=32, has_column_groups=True), "static_groups: true"),
+        ("gptq", Setting(bits=5, symmetric=True, group_size=32), "wbits is 5"),
+        ("auto-round", Setting(bits=4, symmetric=True, group_size=32, has_column_groups=True), "static_groups: true"),
+        ("auto-round", Setting(bits=6, symmetric=True, group_size=32), "wbits is 6"),
+        ("gguf", Setting(bits=3, symmetric=True, group_size=32), "wbits is 3"),
+        ("gguf", Setting(bits=4, symmetric=False, group_size=32), "set sym: true"),
+        ("gguf", Setting(bits=4, symmetric=True, group_size=48), "groupsize: 32"),
+        ("gguf", Setting(bits=4, symmetric=True, group_size=32, has_column_groups=True), "static_groups: true"),
+    ],
+)
+def test_a_refusal_names_the_format_and_the_key(tmp_path, name, setting, said):
+    source = ModelSource(save_family(tmp_path / "base", "llama", hidden=64))
+    with pytest.raises(ValueError, match=f"EXPORT: {name}: ") as caught:
+        check_exports(setting, ("dense", name), source)
+    assert said in str(caught.value)
+    assert "dense:" not in str(caught.value)
+    check_exports(setting, ("dense",), source)
+
+
+def test_gguf_is_refused_for_families_that_it_is_not_written_for(tmp_path):
+    source = ModelSource(save_family(tmp_path / "base", "qwen3", hidden=64))
+    with pytest.raises(ValueError, match=r"EXPORT: gguf: .*qwen3"):
+        check_exports(SETTINGS[0], ("compressed-tensors", "gguf"), source)
+
+
+def test_a_missing_block_is_named(tmp_path):
+    model = quantized_llama(tmp_path / "base", bits=4)
+    folder, _ = _calibration(tmp_path / "calibration", model, SETTINGS[0])
+    (folder / "1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"block 1 .*overwrite=\[calibration\]"):
+        load_calibrated(Artifact(kind="x", directory=folder, digest="").directory, uniform.dense_state)
