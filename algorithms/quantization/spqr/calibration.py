@@ -17,6 +17,8 @@ from algorithms.quantization.spqr.config import SpqrConfig
 
 # A first sweep at a threshold estimated from uncompensated weights misses its budget by a few percent.
 _MOST_SWEEPS = 8
+_CLOSE = 1.02  # the ratio of two thresholds between which none is looked for
+_FILLED = 0.95  # the least share of a budget that counts as used
 _LEAST_USE = 0.95  # of the outliers that a number of bits pays for
 
 
@@ -78,7 +80,9 @@ def _sweep_in_budget(
     # Without compensation an error costs its square, whichever the column.
     pivots = torch.ones_like(factor.pivots) if config.nearest else factor.pivots
     thresholds = _thresholds(columns, pivots, rows, grid, config, share)
-    searches = [] if share is None else [_ThresholdSearch(place, share, fills=config.target_bits is not None) for place in rows]
+    lowest = [0.0 if config.target_bits is not None else thresholds[place][0].item() for place in rows]
+    pairs = [] if share is None else zip(rows, lowest, strict=True)
+    searches = [_ThresholdSearch(place, share or 0.0, lowest=least) for place, least in pairs]
     for _ in range(_MOST_SWEEPS):
         quantizer = SparseColumns(columns.shape[0], grid, thresholds.clone(), order)
         result = sweep(columns, None if config.nearest else factor, quantizer)
@@ -89,58 +93,49 @@ def _sweep_in_budget(
 
 
 class _ThresholdSearch:
-    """Looks for the threshold at which one matrix has as many outliers as it may, or 95 % of that.
+    """Looks for the threshold at which one matrix has as many outliers as it may: at most, and at least 95 % of them.
 
-    With ``fills`` from any threshold; without, one that makes no more than that to begin with stays.
-    What every weight would have cost is known after a sweep; the threshold that this puts at the budget is tried first, then
-    the place between one that lets too many pass and one that does not where a straight line in logarithms meets the budget.
-    An end of that line that stays counts half as much each time (the Illinois rule): lines through a far one hardly move.
+    It never goes below ``lowest``, where fewer outliers are enough. What every weight would have cost is known after a sweep;
+    the threshold that this puts at the budget is tried first. From then on the number of outliers is taken for a power of the
+    threshold, through the two nearest that were tried.
     """
 
-    def __init__(self, place: slice, share: float, *, fills: bool) -> None:
-        self._place, self._share, self._fills = place, share, fills
-        # Thresholds with the outliers that they make.
-        self._too_low, self._holds = (0.0, 0), (math.inf, 0)
-        self._sweeps = self._in_a_row = 0  # above the budget; below it where negative
+    def __init__(self, place: slice, share: float, *, lowest: float) -> None:
+        self._place, self._share, self._lowest = place, share, lowest
+        self._tried: list[tuple[float, int]] = []  # thresholds and how many outliers they gave
 
     def step(self, quantizer: SparseColumns, thresholds: Tensor) -> bool:
         """Judge a sweep; whether another is needed, for which ``thresholds`` [O] is then changed."""
         outliers = quantizer.outliers[:, self._place]
         count, allowed = int(outliers.sum()), int(self._share * outliers.numel())
         used = thresholds[self._place][0].item()
-        self._sweeps += 1
-        if count > allowed:
-            self._too_low = max(self._too_low, (used, count))
-            self._in_a_row = max(self._in_a_row, 0) + 1
+        self._tried.append((used, count))
+        is_enough = count >= _FILLED * allowed or used <= self._lowest or len(self._tried) >= _MOST_SWEEPS
+        if count <= allowed and is_enough:
+            return False
+        holding = min((threshold for threshold, count in self._tried if count <= allowed), default=math.inf)
+        passing = max((threshold for threshold, count in self._tried if count > allowed), default=0.0)
+        if len(self._tried) >= _MOST_SWEEPS - 1 or holding < _CLOSE * passing:
+            better = holding  # without one that holds, infinite: no outliers rather than too many
+        elif len(self._tried) == 1:
+            better = _largest(quantizer.saliencies[:, self._place], allowed)
         else:
-            self._holds = min(self._holds, (used, count))
-            self._in_a_row = min(self._in_a_row, 0) - 1
-            stays = self._sweeps == 1 and not self._fills
-            if stays or count >= _LEAST_USE * allowed or self._sweeps >= _MOST_SWEEPS // 2:
-                return self._settle(thresholds, used)
-        thresholds[self._place] = self._next(quantizer.saliencies[:, self._place], allowed)
-        return True
+            better = self._interpolated(allowed, passing, holding)
+        thresholds[self._place] = max(better, self._lowest)
+        return count > allowed or thresholds[self._place][0].item() != used
 
-    def _settle(self, thresholds: Tensor, used: float) -> bool:
-        """Stay with the lowest threshold that holds; a sweep more where that is not the one just used."""
-        thresholds[self._place] = self._holds[0]
-        return self._holds[0] != used
-
-    def _next(self, saliencies: Tensor, allowed: int) -> float:
-        (too_low, above), (holds, below) = self._too_low, self._holds
-        if self._sweeps >= _MOST_SWEEPS - 1:
-            return holds  # without one that holds, infinite: no outliers rather than too many
-        if self._sweeps == 1:
-            return _largest(saliencies, allowed)
-        if too_low == 0.0:
-            return holds / 2
-        if holds == math.inf:
-            return 2 * too_low
-        wanted = max(0.5, (1 + _LEAST_USE) / 2 * allowed)
-        down, up = math.log(above / wanted), math.log(wanted / max(0.25, min(below, 0.9 * wanted)))
-        stale = 0.5 ** (abs(self._in_a_row) - 1)
-        down, up = (down, up * stale) if self._in_a_row > 0 else (down * stale, up)
-        return too_low * (holds / too_low) ** (down / (down + up))
+    def _interpolated(self, allowed: int, passing: float, holding: float) -> float:
+        """A threshold for the middle of what is accepted, between one that lets too many pass and one that holds."""
+        aim = max((1 + _FILLED) / 2 * allowed, 1.0)
+        nearest = sorted(self._tried, key=lambda pair: abs(math.log(max(pair[1], 1) / aim)))[:2]
+        (first, many), (second, few) = ((threshold, math.log(max(count, 1))) for threshold, count in nearest)
+        if many == few or not min(first, second) > 0.0 or max(first, second) == math.inf:
+            guess = math.sqrt(passing * holding) if passing > 0.0 and holding < math.inf else max(2 * passing, holding / 2)
+        else:
+            guess = first * math.exp(math.log(second / first) / (few - many) * (math.log(aim) - many))
+        # Not near either end, or a number of outliers that is no power of the threshold would let it creep.
+        inside = 1.5 if passing == 0.0 or holding == math.inf else (holding / passing) ** 0.2
+        return min(max(guess, inside * passing), holding / inside)
 
 
 def _thresholds(

@@ -77,7 +77,7 @@ class SpqrConfig(BlockwiseParameters):
 
     # outliers: by a threshold, under a limit, or as many as a number of bits pays for
     simplified_outliers: Flag = False
-    outlier_threshold: Annotated[float | None, BeforeValidator(_threshold)] = Field(default=0.25, validate_default=True)
+    outlier_threshold: Annotated[float | None, BeforeValidator(_threshold)] = Field(default=0.35, validate_default=True)
     max_outlier_share: Annotated[float | None, BeforeValidator(Nullable(Real(least=0.0, below=1.0)))] = None
     target_bits: Annotated[float | None, BeforeValidator(Nullable(Real(above=0.0, below=16.0)))] = None
 

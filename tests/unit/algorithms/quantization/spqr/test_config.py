@@ -34,9 +34,12 @@ def test_the_keys_are_those_of_upstream_and_take_its_recipe():
     assert _config(**UPSTREAM).warnings() == ()
 
 
-def test_the_defaults_are_the_recipe_s_but_for_the_damping():
+def test_the_defaults_are_the_recipe_s_but_for_the_damping_and_the_threshold():
     values = _config().model_dump(by_alias=True)
-    assert {key: value for key, value in values.items() if key in UPSTREAM} == UPSTREAM | {"percdamp": 0.01}
+    assert {key: value for key, value in values.items() if key in UPSTREAM} == UPSTREAM | {
+        "percdamp": 0.01,
+        "outlier_threshold": 0.35,
+    }
     assert values["max_outlier_share"] is values["target_bits"] is values["block_tuning"] is None
     assert values["refinements"] == 1
 
