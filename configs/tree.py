@@ -39,6 +39,9 @@ class TreeError(ValueError):
         super().__init__(expected)
 
 
+_TOO_DEEP = "exceeded maximum nesting depth"
+
+
 class LimitError(TreeError):
     """Text that is deeper or longer than any recipe."""
 
@@ -191,6 +194,8 @@ def read_tree(text: str) -> Tree:
 
 def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> TreeError:
     mark = error.problem_mark or error.context_mark
+    if error.problem == _TOO_DEEP:  # PyYAML 6.0.4 and later stop by themselves, before the parser's events come here
+        return LimitError(f"at most {MAX_DEPTH} blocks inside each other", mark.line + 1 if mark is not None else 1)
     details = ", ".join(part for part in (error.context, error.problem) if part)
     lines = text.splitlines()
     line = lines[mark.line] if mark is not None and mark.line < len(lines) else ""
