@@ -11,6 +11,10 @@ from algorithms.blockwise.config import BlockwiseParameters, columns_a_group
 from configs.values import Flag, Whole
 
 
+_GRID = ("bits", "group_size", "symmetric", "range_search")
+_ALWAYS = (*_GRID, "save_intermediate_results", "overwrite", "block_tuning")
+
+
 class RtnConfig(BlockwiseParameters):
     """The block ``llm.RTN``. The keys about text and targets count with ``block_tuning`` alone: rounding needs no data.
 
@@ -31,4 +35,12 @@ class RtnConfig(BlockwiseParameters):
         settings = super().shaping
         if self.block_tuning is not None:
             return settings
-        return {name: settings[name] for name in ("bits", "group_size", "symmetric", "range_search")}
+        return {name: settings[name] for name in _GRID}
+
+    def warnings(self, prefix: str = "") -> tuple[str, ...]:
+        """One line for the keys that count with block tuning alone, where there is none."""
+        if self.block_tuning is not None:
+            return super().warnings(prefix)
+        fields = type(self).model_fields
+        idle = [fields[name].alias or name for name in fields if name in self.model_fields_set and name not in _ALWAYS]
+        return (f"{prefix}{', '.join(idle)} without effect: rounding uses no text without block_tuning",) if idle else ()

@@ -37,3 +37,12 @@ def test_the_settings_are_those_of_the_grid_unless_blocks_are_tuned():
 def test_groups_are_never_scattered():
     assert setting(RtnConfig()).has_column_groups is False
     assert RtnConfig.export_formats == Rtn.formats
+
+
+def test_keys_about_the_text_warn_without_block_tuning():
+    config = RtnConfig.model_validate({"wbits": 3, "nsamples": 8, "targets": "original"})
+    assert config.warnings("llm.RTN.") == (
+        "llm.RTN.nsamples, targets without effect: rounding uses no text without block_tuning",
+    )
+    assert RtnConfig.model_validate({"wbits": 3}).warnings("llm.RTN.") == ()
+    assert RtnConfig.model_validate({"nsamples": 8, "block_tuning": {}}).warnings("llm.RTN.") == ()
