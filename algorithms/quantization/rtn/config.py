@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field
 from algorithms.blockwise.config import BlockwiseParameters, columns_a_group
 from configs.values import Flag, Whole
 
-
 _GRID = ("bits", "group_size", "symmetric", "range_search")
 _ALWAYS = (*_GRID, "save_intermediate_results", "overwrite", "block_tuning")
 
