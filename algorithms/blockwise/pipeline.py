@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,11 @@ def check_groups(source: ModelSource, group_size: int, key: str) -> None:
     shapes = linear_shapes(source).items()
     wrong = [f"{name} [{rows}, {columns}]" for name, (rows, columns) in shapes if columns % group_size]
     if group_size > 0 and wrong:
-        raise ValueError(f"{key}: groups of {group_size} columns do not divide {', '.join(wrong)}; -1 takes whole rows.")
+        common = math.gcd(*(columns for _, (_, columns) in shapes))
+        fits = max(size for size in range(1, min(group_size, common) + 1) if common % size == 0)
+        raise ValueError(
+            f"{key}: groups of {group_size} columns do not divide {', '.join(wrong)}; {fits} divides all, -1 takes whole rows."
+        )
 
 
 def dense_reader(directory: Path) -> nn.Module:

@@ -67,7 +67,7 @@ def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource)
         reasons[name] = reasons[name] or gptq.shape_refusal(linear_shapes(source))
     said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if said:
-        raise ValueError(" ".join(said))
+        raise ValueError("\n".join([*said, "EXPORT: [dense] holds every setting."]))
 
 
 def exporters(setting: Setting) -> Mapping[str, Exporter]:

@@ -25,7 +25,7 @@ def column_order(kind: str, matrix: Tensor, hessian: Tensor) -> Tensor | None:
 
 
 def _spearman(matrix: Tensor) -> Tensor:
-    ranks = matrix.argsort(0).argsort(0).float()
+    ranks = matrix.argsort(dim=0, stable=True).argsort(dim=0).float()
     ranks = torch.nn.functional.normalize(ranks - ranks.mean(0), dim=0)
     likeness = ranks.T @ ranks
     order = torch.empty(matrix.shape[1], dtype=torch.int64, device=matrix.device)

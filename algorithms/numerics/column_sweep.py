@@ -78,14 +78,15 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
     mean = wide.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     for step in range(_DAMPING_STEPS + 1):
         tried = damping if step == 0 else max(damping, 1e-4) * 10.0**step
-        damped = wide + torch.eye(wide.shape[0], dtype=wide.dtype, device=wide.device) * (tried * mean)
-        dead = damped.diagonal() <= 0
-        damped.diagonal()[dead] = mean
+        damped = wide.clone()
+        damped.diagonal().add_(tried * mean)
+        damped.diagonal()[damped.diagonal() <= 0] = mean
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed and torch.isfinite(lower).all():
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            damped = damped.float()  # three float64 matrices of I^2 are alive at once from here on, no more
             identity = torch.eye(wide.shape[0], dtype=wide.dtype, device=wide.device)
             upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            return Factor(upper=upper.float().contiguous(), hessian=damped.float(), damping=tried)
+            return Factor(upper=upper.float().contiguous(), hessian=damped, damping=tried)
     diagonal = wide.diagonal().clamp(min=0) + mean
     return Factor(upper=diagonal.rsqrt().diag().float(), hessian=diagonal.diag().float(), damping=math.inf)
 

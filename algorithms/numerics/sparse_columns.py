@@ -6,7 +6,7 @@ column j costs is its square over d_j squared; a weight whose rounding costs mor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from algorithms.numerics.sparse_quantized import Outliers, SparseQuantized, Statistics
 from algorithms.numerics.two_level import LARGEST_ZERO, join_groups, quantize_statistics
 from algorithms.numerics.uniform import SMALLEST_SCALE, stored_scales, whole_zero_grid
+
+_LARGEST_OUTLIER = 65504.0  # in float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +140,12 @@ class SparseColumns:
         if not self._detects:
             return rounded
         saliency = torch.sub(rounded, column).div_(pivot).square_()
-        outliers = saliency > self._thresholds
+        # An outlier is stored in float16; a weight beyond that is rounded to its grid like any other.
+        outliers = (saliency > self._thresholds) & (column.abs() <= _LARGEST_OUTLIER)
         self.outliers[place], self.saliencies[place] = outliers, saliency
         # The code below an outlier is that of zero, so that a reader that adds outliers to the rest has least to undo.
         plain = self._round(place, torch.where(outliers, torch.zeros_like(column), column))
-        self.values[place] = column.half().float()
+        self.values[place] = _as_stored(column)
         return torch.where(outliers, self.values[place], plain)
 
     def requantize(self, place: int, column: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ class SparseColumns:
             return self._round(place, column)
         outliers = self.outliers[place]
         plain = self._round(place, torch.where(outliers, torch.zeros_like(column), column))
-        self.values[place] = column.half().float()
+        self.values[place] = _as_stored(column)
         return torch.where(outliers, self.values[place], plain)
 
     def result(self, rows: slice = slice(None)) -> SparseQuantized:
@@ -172,24 +175,17 @@ class SparseColumns:
         if joined.codes is None or joined.run_scales is None or joined.run_zeros is None:
             assert joined.values is not None
             return Statistics(values=joined.values[rows] if self._settings.per_channel else joined.values[:1])
-        return Statistics(
-            codes=joined.codes[rows],
-            run_scales=joined.run_scales[runs],
-            run_zeros=joined.run_zeros[runs],
-            bits=joined.bits,
-            run=joined.run,
-        )
+        codes = joined.codes[rows]
+        if joined.run == joined.codes.shape[0]:  # one run for all rows, however many there are
+            return replace(joined, codes=codes, run=codes.shape[0])
+        return replace(joined, codes=codes, run_scales=joined.run_scales[runs], run_zeros=joined.run_zeros[runs])
 
     def _store(self, scales: Tensor, zeros: Tensor) -> None:
-        settings, plain_zeros = self._settings, zeros.half().float()
+        settings = self._settings
         kept = Statistics(values=stored_scales(scales)[:, None])
         if settings.scale_bits is not None:
             kept = quantize_statistics(scales, bits=settings.scale_bits, run=settings.run)
-        kept_zeros = Statistics(values=plain_zeros[:, None])
-        if settings.zero_bits is not None and (not settings.round_zero or settings.zero_bits < settings.bits):
-            kept_zeros = quantize_statistics(
-                zeros, bits=settings.zero_bits, run=settings.run, symmetric=settings.zero_symmetric
-            )
+        kept_zeros = _stored_zeros(zeros, settings)
         self._scales.append(kept)
         self._zeros.append(kept_zeros)
         self._grids.append((kept.decode()[:, 0], kept_zeros.decode()[:, 0]))
@@ -201,3 +197,30 @@ class SparseColumns:
         codes = torch.div(column, divisors).add_(zeros).round_().clamp_(0, self._settings.top)
         self.codes[place] = codes
         return codes.sub(zeros).mul_(scales)
+
+
+def _stored_zeros(zeros: Tensor, settings: SparseSettings) -> Statistics:
+    """Zeros [O] of one group: known ones in a bit, two-level ones, whole ones in as many bits as a code, others in float16."""
+    if settings.per_channel and settings.symmetric:
+        return _whole(torch.zeros_like(zeros), bits=1, offset=-zeros[:1])
+    is_smaller = settings.zero_bits is not None and (not settings.round_zero or settings.zero_bits < settings.bits)
+    if settings.zero_bits is not None and is_smaller and not settings.symmetric:
+        return quantize_statistics(zeros, bits=settings.zero_bits, run=settings.run, symmetric=settings.zero_symmetric)
+    if settings.per_channel and settings.round_zero:
+        return _whole(zeros, bits=settings.bits, offset=torch.zeros_like(zeros[:1]))
+    return Statistics(values=zeros.half().float()[:, None])
+
+
+def _whole(codes: Tensor, *, bits: int, offset: Tensor) -> Statistics:
+    """Whole numbers code - offset as statistics of two levels whose second is trivial: one run of all rows, in steps of one."""
+    return Statistics(
+        codes=codes[:, None].to(torch.uint8),
+        run_scales=torch.ones_like(offset)[:, None],
+        run_zeros=offset[:, None],
+        bits=bits,
+        run=codes.shape[0],
+    )
+
+
+def _as_stored(column: Tensor) -> Tensor:
+    return column.clamp(-_LARGEST_OUTLIER, _LARGEST_OUTLIER).half().float()

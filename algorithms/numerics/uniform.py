@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Below float16's smallest normal number a stored scale loses its precision; a group of zeros needs some scale.
-SMALLEST_SCALE = 2.0**-14
+# A group of zeros needs some scale. One this small has lost most of float16's digits, but codes are chosen for it as stored.
+SMALLEST_SCALE = 2.0**-20
 _SHRINKAGES = 24
 _SHRINK_RANGE = 0.6
 
@@ -92,7 +92,7 @@ def whole_zero_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor
 
 
 def stored_scales(scales: Tensor) -> Tensor:
-    """Scales as float16 holds them, none below its smallest normal number."""
+    """Scales as float16 holds them, none below ``SMALLEST_SCALE``."""
     return scales.clamp(min=SMALLEST_SCALE).half().float()
 
 

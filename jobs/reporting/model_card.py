@@ -87,7 +87,7 @@ def loading_notes(config: Mapping[str, object]) -> tuple[str, ...]:
 
 def _facts(summary: Summary) -> str:
     keep = ("bits per compressed weight", "bits per parameter of the model", "weights on disk")
-    facts = [(label, value) for label, value in summary.facts() if label in keep]
+    facts = [(label, value) for label, value in summary.facts() if label.partition(",")[0] in keep]
     return _table(("", ""), [*facts, *((f"text for {stage}", data) for stage, data in summary.data.items())])
 
 

@@ -16,12 +16,13 @@ from jobs.results.artifacts import FileRecord
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+EXPORTS = "exports"
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def format_folder(name: str, formats: tuple[str, ...]) -> str:
     """Where a format stands below the exporting stage's folder and below the job folder; the first one in the folder itself."""
-    return "" if name == formats[0] else f"exports/{name}"
+    return "" if name == formats[0] else f"{EXPORTS}/{name}"
 
 
 def check_target(job_dir: Path, published: Publication | None) -> None:

@@ -12,7 +12,7 @@ from algorithms.modeling.files import folder_digest
 from configs.errors import DataError
 from jobs.execution.preparation import Materials
 from jobs.manifest import StageRecord, Status, read_manifest
-from jobs.results.publishing import CONFIG
+from jobs.results.publishing import CONFIG, EXPORTS
 from jobs.workspace import MANIFEST
 
 
@@ -45,8 +45,13 @@ def load_stored(directory: Path, materials: Materials) -> StoredModel:
 
 
 def _record_of(place: Path, materials: Materials) -> StageRecord | None:
-    """The finished stage that wrote the folder: a job folder stands for its last stage, tmp/<directory> for its own."""
+    """The finished stage that wrote the folder: a job folder stands for its last stage, tmp/<directory> for its own.
+
+    A format in ``exports/<format>`` of either belongs to the last stage too.
+    """
     last = materials.specs[-1].name
+    if place.parent.name == EXPORTS:
+        place = place.parent.parent
     for manifest_path, wanted in ((place / MANIFEST, None), (place.parent.parent / MANIFEST, place.name)):
         if not manifest_path.is_file():
             continue

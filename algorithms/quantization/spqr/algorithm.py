@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -17,6 +18,8 @@ from algorithms.quantization.spqr.calibration import fit
 from algorithms.quantization.spqr.config import SpqrConfig
 from algorithms.quantization.spqr.conversion import FORMATS, check_exports, exporters, read_export
 from algorithms.quantization.spqr.weight import stored_bits, tunable, tuned
+
+logger = logging.getLogger(__name__)
 
 
 class Spqr(CompressionAlgorithm):
@@ -62,5 +65,11 @@ class Spqr(CompressionAlgorithm):
         return self._pipeline.load(artifact)
 
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
-        """Stored bits by component, and the number of compressed weights."""
-        return self._pipeline.bits(artifact)
+        """Stored bits by component, and the number of compressed weights. Says what SpQR's own count makes of them."""
+        bits = self._pipeline.bits(artifact)
+        counted = sum(bits.get(name, 0.0) for name in ("codes", "scales", "zeros", "second_level", "outliers"))
+        logger.info(
+            "SpQR's count: %.3f bits a weight; row pointers, permutation and headers come on top in the packed form",
+            counted / bits["parameters"],
+        )
+        return bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 
@@ -15,11 +16,14 @@ from algorithms.numerics.sparse_quantized import SparseQuantized
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.quantization.spqr.config import SpqrConfig
 
+logger = logging.getLogger(__name__)
+
 # A first sweep at a threshold estimated from uncompensated weights misses its budget by a few percent.
 _MOST_SWEEPS = 8
+_LEAST_SCALE = 1e-30
+_MANY = 0.1  # the share of outliers above which they are more than a few
 _CLOSE = 1.02  # the ratio of two thresholds between which none is looked for
 _FILLED = 0.95  # the least share of a budget that counts as used
-_LEAST_USE = 0.95  # of the outliers that a number of bits pays for
 
 
 def fit(wanted: Mapping[str, Tensor], statistics: InputStatistics | None, config: SpqrConfig) -> Mapping[str, SparseQuantized]:
@@ -58,34 +62,41 @@ def settings(config: SpqrConfig, columns: int) -> SparseSettings:
 def _fit_stack(wanted: Mapping[str, Tensor], hessian: Tensor, config: SpqrConfig) -> dict[str, SparseQuantized]:
     matrix = torch.cat(list(wanted.values()))
     order = column_order(config.permutation_order, matrix, hessian)
-    factor = inverse_factor(hessian, config.damping, order)
+    factor = None if config.nearest else inverse_factor(hessian, config.damping, order)
     columns = (matrix if order is None else matrix[:, order]).T.contiguous()
     rows, start = {}, 0
     for name, part in wanted.items():
         rows[name] = slice(start, start + part.shape[0])
         start += part.shape[0]
     quantizer, result = _sweep_in_budget(columns, factor, list(rows.values()), order, config)
-    if not config.nearest:
+    if factor is not None:
         for _ in range(config.refinements):
             refine(columns, result, factor.hessian, quantizer)
+    for name, place in rows.items():
+        share = quantizer.outliers[:, place].float().mean().item()
+        if share > _MANY:
+            logger.warning(
+                "%s keeps %.0f %% of its weights as outliers, 32 bits each; "
+                "a larger outlier_threshold, more wbits or target_bits makes it smaller", name, 100 * share,
+            )  # fmt: skip
     return {name: quantizer.result(place) for name, place in rows.items()}
 
 
 def _sweep_in_budget(
-    columns: Tensor, factor: Factor, rows: list[slice], order: Tensor | None, config: SpqrConfig
+    columns: Tensor, factor: Factor | None, rows: list[slice], order: Tensor | None, config: SpqrConfig
 ) -> tuple[SparseColumns, Tensor]:
     """Sweep at the recipe's threshold; where a matrix misses its budget of outliers, again at a better one."""
     grid = settings(config, columns.shape[0])
     share = config.outlier_share(grid.group_size)
     # Without compensation an error costs its square, whichever the column.
-    pivots = torch.ones_like(factor.pivots) if config.nearest else factor.pivots
+    pivots = torch.ones_like(columns[:, 0]) if factor is None else factor.pivots
     thresholds = _thresholds(columns, pivots, rows, grid, config, share)
     lowest = [0.0 if config.target_bits is not None else thresholds[place][0].item() for place in rows]
     pairs = [] if share is None else zip(rows, lowest, strict=True)
     searches = [_ThresholdSearch(place, share or 0.0, lowest=least) for place, least in pairs]
     for _ in range(_MOST_SWEEPS):
         quantizer = SparseColumns(columns.shape[0], grid, thresholds.clone(), order)
-        result = sweep(columns, None if config.nearest else factor, quantizer)
+        result = sweep(columns, factor, quantizer)
         moved = [search.step(quantizer, thresholds) for search in searches]
         if not any(moved):
             break
@@ -93,7 +104,7 @@ def _sweep_in_budget(
 
 
 class _ThresholdSearch:
-    """Looks for the threshold at which one matrix has as many outliers as it may: at most, and at least 95 % of them.
+    """Looks for the threshold at which one matrix has as many outliers as it may, never more, and tries for 95 % of them.
 
     It never goes below ``lowest``, where fewer outliers are enough. What every weight would have cost is known after a sweep;
     the threshold that this puts at the budget is tried first. From then on the number of outliers is taken for a power of the
@@ -148,7 +159,9 @@ def _thresholds(
         if config.target_bits is not None and share is not None:
             thresholds[place] = _threshold_for_share(part, pivots, grid, share)
         elif config.outlier_threshold is not None:
-            thresholds[place] = config.outlier_threshold * saliency_scale(part, pivots)
+            scale = saliency_scale(part.double(), pivots.double()).item()
+            # Where nothing that is lost could matter (no input, or rows that are all alike) there is nothing to be relative to.
+            thresholds[place] = config.outlier_threshold * scale if scale > _LEAST_SCALE else math.inf
     return thresholds
 
 

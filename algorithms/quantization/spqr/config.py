@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from algorithms.blockwise.config import BlockwiseParameters, columns_a_group
 from configs.strict import Inert
@@ -119,6 +119,17 @@ class SpqrConfig(BlockwiseParameters):
         "custom_data_path": Inert(None, "DATA_PATH at the top of the recipe counts"),
     }
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_channels_statistics_are_plain(cls, values: object) -> object:
+        """With ``perchannel: false``, keys that the recipe leaves out take the values that go with it."""
+        if not isinstance(values, Mapping) or values.get("perchannel", values.get("per_channel")) not in (False, "false"):
+            return values
+        plain: dict[str, object] = {"qq_scale_bits": None, "qq_zero_bits": None}
+        if not values.get("simplified_outliers"):
+            plain["outlier_threshold"] = None
+        return {**plain, **values}
+
     @field_validator("outlier_threshold", "target_bits")
     @classmethod
     def _leaving_one_out_needs_channels(cls, value: float | None, info: ValidationInfo) -> float | None:
@@ -139,16 +150,23 @@ class SpqrConfig(BlockwiseParameters):
     @classmethod
     def _is_within_reach(cls, value: float | None, info: ValidationInfo) -> float | None:
         known = info.data
-        if value is None or not {"bits", "group_size", "scale_bits", "zero_bits", "run", "round_zero"} <= known.keys():
+        names = ("bits", "group_size", "scale_bits", "zero_bits", "run", "round_zero", "symmetric")
+        if value is None or not set(names) <= known.keys():
             return value
-        if known["group_size"] > 0:
-            base = bits_without_outliers(
-                bits=known["bits"], group_size=known["group_size"], run=known["run"], round_zero=known["round_zero"],
-                scale_bits=known["scale_bits"], zero_bits=known["zero_bits"],
-            )  # fmt: skip
-            if value < base:
-                raise expected(f"at least {base:g}, which codes and statistics take without any outlier")
+        whole_rows = known["group_size"] == -1  # how long they are is not known yet: statistics come on top of the codes
+        base = known["bits"] if whole_rows else bits_without_outliers(**{name: known[name] for name in names})
+        if value < base:
+            raise expected(f"at least {base:g}, which codes and statistics take without any outlier")
         return value
+
+    def warnings(self, prefix: str = "") -> tuple[str, ...]:
+        """The lines of the keys without effect, those that another key overrules included."""
+        lines = list(super().warnings(prefix))
+        if self.target_bits is not None and "outlier_threshold" in self.model_fields_set:
+            lines.append(f"{prefix}outlier_threshold has no effect: target_bits decides how many outliers there are")
+        if self.max_outlier_share is not None and self.outlier_threshold is None and self.target_bits is None:
+            lines.append(f"{prefix}max_outlier_share has no effect: outlier_threshold: null makes no outliers")
+        return tuple(lines)
 
     @property
     def evaluate_only(self) -> bool:
@@ -161,7 +179,7 @@ class SpqrConfig(BlockwiseParameters):
             return self.max_outlier_share
         base = bits_without_outliers(
             bits=self.bits, group_size=group_size, run=self.run, round_zero=self.round_zero,
-            scale_bits=self.scale_bits, zero_bits=self.zero_bits,
+            scale_bits=self.scale_bits, zero_bits=self.zero_bits, symmetric=self.symmetric,
         )  # fmt: skip
         share = max(0.0, (self.target_bits - base) / OUTLIER_BITS)
         return share if self.max_outlier_share is None else min(share, self.max_outlier_share)
@@ -171,10 +189,20 @@ OUTLIER_BITS = 32  # a float16 value and a column
 
 
 def bits_without_outliers(
-    *, bits: int, group_size: int, run: int, round_zero: bool, scale_bits: int | None, zero_bits: int | None
+    *,
+    bits: int,
+    group_size: int,
+    run: int,
+    round_zero: bool,
+    scale_bits: int | None,
+    zero_bits: int | None,
+    symmetric: bool = False,
 ) -> float:
     """Average bits of a weight by SpQR's own count, outliers apart; permutation and row pointers are not in it."""
-    two_level_zeros = zero_bits is not None and (not round_zero or zero_bits < bits)
     scale = 16.0 if scale_bits is None else scale_bits + 32 / run
-    zero = zero_bits + 32 / run if two_level_zeros and zero_bits is not None else (bits if round_zero else 16.0)
+    zero = float(bits) if round_zero else 16.0
+    if symmetric:
+        zero = 1.0  # known beforehand; the packed form spends a bit on saying so
+    elif zero_bits is not None and (not round_zero or zero_bits < bits):
+        zero = zero_bits + 32 / run
     return bits + (scale + zero) / group_size

@@ -35,7 +35,7 @@ def check_exports(config: SpqrConfig, exports: Sequence[str], source: ModelSourc
         reasons["gptq"] = gptq.shape_refusal(linear_shapes(source))
     said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if said:
-        raise ValueError(" ".join(said))
+        raise ValueError("\n".join([*said, "EXPORT: [dense] and [spqr] hold every setting."]))
 
 
 def exporters(config: SpqrConfig) -> Mapping[str, Exporter]:
@@ -88,6 +88,8 @@ def _refusal(name: str, config: SpqrConfig) -> str | None:
         return "it stores scales in 16 bits; qq_scale_bits: null keeps them so."
     if not config.symmetric and (not config.round_zero or config.zero_bits is not None):
         return "it stores whole zeros; sym: true, or round_zero: true with qq_zero_bits: null, makes them so."
+    if setting.has_column_groups and name == "compressed-tensors":
+        return "it reads groups of neighbouring columns; permutation_order: identity makes them so."
     return setting.refusal(name)
 
 

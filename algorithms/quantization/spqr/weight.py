@@ -16,7 +16,7 @@ from algorithms.numerics.uniform import UniformCodes, stored_scales
 
 def stored_bits(weight: SparseQuantized) -> Mapping[str, int]:
     """Bits of one linear by component, all that its packed form holds: row pointers, permutation and header included."""
-    return spqr.stored_bits(spqr.pack(weight, "P"), "P")
+    return spqr.stored_bits(spqr.pack(weight, "a linear"), "a linear")
 
 
 def tunable(weight: SparseQuantized, target: Tensor, bias: Tensor | None) -> RoundingLinear:

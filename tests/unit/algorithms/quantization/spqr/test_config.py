@@ -69,7 +69,8 @@ def test_the_defaults_are_the_recipe_s_but_for_the_damping_and_the_threshold():
         ({"load": "folder"}, "load", "resumes"),
         ({"save": "folder"}, "save", "a job keeps its own results"),
         ({"wandb": True}, "wandb", "metrics.jsonl"),
-        ({"perchannel": False, **PLAIN}, "outlier_threshold", "simplified_outliers: true"),
+        ({"perchannel": False, "outlier_threshold": 0.2, **PLAIN}, "outlier_threshold", "simplified_outliers: true"),
+        ({"groupsize": -1, "wbits": 4, "target_bits": 3.9}, "target_bits", "at least 4"),
         ({"perchannel": False, "outlier_threshold": None, **PLAIN, "qq_scale_bits": 3}, "qq_scale_bits", "share one statistic"),
         ({"perchannel": False, "outlier_threshold": None, **PLAIN, "qq_zero_bits": 3}, "qq_zero_bits", "share one statistic"),
         ({"perchannel": False, "outlier_threshold": None, "target_bits": 7, **PLAIN}, "target_bits", "simplified_outliers"),
@@ -191,3 +192,22 @@ def test_the_share_of_outliers_that_bits_pay_for():
 
 def test_the_registry_s_formats_are_the_plugin_s():
     assert SpqrConfig.export_formats == Spqr.formats
+
+
+def test_without_channels_keys_that_are_left_out_go_with_it():
+    config = _config(perchannel=False)
+    assert (config.scale_bits, config.zero_bits, config.outlier_threshold) == (None, None, None)
+    assert _config(perchannel=False, simplified_outliers=True).outlier_threshold == 0.35
+
+
+def test_keys_that_another_one_overrules_warn():
+    assert "target_bits decides" in _config(target_bits=5, outlier_threshold=0.2).warnings()[0]
+    assert "makes no outliers" in _config(max_outlier_share=0.01, outlier_threshold=None).warnings()[0]
+    assert _config(target_bits=5).warnings() == _config(max_outlier_share=0.01).warnings() == ()
+
+
+def test_known_zeros_cost_a_bit_and_whole_ones_a_code():
+    plain = {"bits": 3, "group_size": 16, "run": 16, "scale_bits": None, "zero_bits": None}
+    assert bits_without_outliers(round_zero=False, symmetric=True, **plain) == 3 + 17 / 16
+    assert bits_without_outliers(round_zero=True, **plain) == 3 + 19 / 16
+    assert bits_without_outliers(round_zero=False, **plain) == 3 + 32 / 16

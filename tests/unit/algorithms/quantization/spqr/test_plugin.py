@@ -262,8 +262,9 @@ def test_plain_codes_are_exported_to_plain_formats(tmp_path, name, changes, tuni
         ("gptq", {"outlier_threshold": None}, "qq_scale_bits: null"),
         ("gptq", {"outlier_threshold": None, "qq_scale_bits": None}, "whole zeros"),
         ("gptq", {**NO_OUTLIERS, "sym": True, "wbits": 5}, "2, 3, 4 or 8"),
-        ("compressed-tensors", {**NO_OUTLIERS, "round_zero": True}, "sym: true"),
-        ("compressed-tensors", {**NO_OUTLIERS, "sym": True}, "neighbouring columns"),
+        ("compressed-tensors", {**NO_OUTLIERS, "round_zero": True, "permutation_order": "identity"}, "sym: true"),
+        ("compressed-tensors", {**NO_OUTLIERS, "round_zero": True}, "permutation_order: identity"),
+        ("compressed-tensors", {**NO_OUTLIERS, "sym": True}, "permutation_order: identity"),
         ("compressed-tensors", {**NO_OUTLIERS, "sym": True, "wbits": 1, "groupsize": -1}, "2 to 8 bits"),
     ],
 )
@@ -323,3 +324,41 @@ def test_rounding_to_nearest_compensates_nothing():
     torch.testing.assert_close(nearest.dequantize(), expected, atol=1e-6, rtol=1e-5)
     other = fit({"w": matrix}, statistics, SpqrConfig.model_validate(plain))["w"]
     assert (other.dequantize() - expected).abs().max() > 0.1
+
+
+def test_where_nothing_matters_there_are_no_outliers(caplog):
+    statistics = InputStatistics(64)
+    statistics.update(torch.zeros(30, 64))
+    config = SpqrConfig.model_validate({"wbits": 3})
+    assert fit({"w": problem(48, 64)[0]}, statistics, config)["w"].outliers.values.numel() == 0
+    alike = problem(1, 64)[0].expand(48, 64).contiguous()
+    statistics.update(torch.randn(300, 64, generator=torch.Generator().manual_seed(0)))
+    assert fit({"w": alike}, statistics, config)["w"].outliers.values.numel() == 0
+    with caplog.at_level("WARNING"):
+        fit({"w": problem(48, 64)[0]}, statistics, SpqrConfig.model_validate({"wbits": 1, "outlier_threshold": 0.01}))
+    assert "w keeps" in caplog.text
+    assert "target_bits" in caplog.text
+
+
+def test_a_weight_beyond_float16_is_no_outlier_and_breaks_nothing():
+    matrix, _ = problem(48, 64)
+    matrix[5, 7] = 1e5
+    statistics = InputStatistics(64)
+    statistics.update(torch.randn(300, 64, generator=torch.Generator().manual_seed(0)))
+    weight = fit({"w": matrix}, statistics, SpqrConfig.model_validate({"wbits": 3}))["w"]
+    assert torch.isfinite(weight.dequantize()).all()
+    assert (weight.outliers.values.abs() < 1e4).all()
+
+
+@pytest.mark.parametrize("changes", [{"sym": True}, {"round_zero": True, "qq_zero_bits": None}])
+def test_whole_zeros_are_stored_in_as_few_bits_as_they_need(changes):
+    statistics = InputStatistics(64)
+    statistics.update(torch.randn(300, 64, generator=torch.Generator().manual_seed(0)))
+    wanted = {"q": problem(80, 64)[0][:48], "k": problem(80, 64)[0][48:]}
+    weights = fit(wanted, statistics, SpqrConfig.model_validate({"wbits": 3, **changes}))
+    for name, weight in weights.items():
+        zeros = weight.zeros.decode()
+        assert torch.equal(zeros, zeros.round())
+        assert weight.zeros.bits == (1 if "sym" in changes else 3)
+        restored = spqr.unpack(spqr.pack(weight, "P"), "P")
+        assert torch.equal(restored.dequantize(), weight.dequantize()), name
