@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from jobs.execution.preparation import Materials
 from jobs.manifest import StageRecord, Status, read_manifest
 from jobs.results.publishing import CONFIG, EXPORTS
 from jobs.workspace import MANIFEST
+
+OUR_LAYOUTS = "bitpress-"  # how quant_method begins where transformers would start from random weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,12 @@ def load_stored(directory: Path, materials: Materials) -> StoredModel:
         raise DataError(
             f"{directory} holds no model: no {CONFIG}, and no finished stage of a job with {materials.algorithm.name}. "
             "Name a job folder, a folder below its tmp/, or a Hugging Face model folder."
+        )
+    quantization = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
+    if str(quantization.get("quant_method", "")).startswith(OUR_LAYOUTS):
+        raise DataError(
+            f"{directory} is packed in a layout of this program, and the job that wrote it is not around it. "
+            "Name the folder where it stands below its job, with that job's recipe."
         )
     dense = materials.parts.load_dense(place, materials.loaded.recipe.trust_remote_code)
     return StoredModel(model=dense, digest=folder_digest(place))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,9 +29,10 @@ def _command(algorithm, folder, *overrides):
     return [*command, *(f"llm.{algorithm}.{key}={value}" for key, value in {**SMALL, **changes}.items()), *overrides]
 
 
-def _run(algorithm, folder, *overrides, check=0):
+def _run(algorithm, folder, *overrides, check=0, command=None):
+    program, main, *arguments = _command(algorithm, folder, *overrides)
     done = subprocess.run(
-        _command(algorithm, folder, *overrides),
+        [program, main, *([command] if command else []), *arguments],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -116,6 +118,15 @@ def test_killed_in_the_middle_it_resumes_and_ends_with_the_same_files(jobs, tmp_
     calibrated = {name: digest for name, digest in whole.items() if name.startswith("tmp/calibration/")}
     assert len(calibrated) == 5
     assert _weights(algorithm, tmp_path) == calibrated
+
+
+@pytest.mark.parametrize(("algorithm", "format_"), [("SpQR", "spqr"), ("GPTQ", "gguf")])
+def test_a_further_format_is_scored_like_the_first(jobs, algorithm, format_):
+    folder, said = jobs(algorithm)
+    scored = _run(algorithm, folder, "--directory", str(_job(algorithm, folder) / "exports" / format_), command="evaluate")
+    figures = [set(re.findall(r"perplexity (\d+\.\d+ -> \d+\.\d+)", text)) for text in (said, scored)]
+    assert figures[0] == figures[1]
+    assert len(figures[0]) == 2
 
 
 def test_rounding_to_nearest_looks_for_no_text(jobs):
