@@ -120,18 +120,6 @@ def quantization_config(*, bits: int, group_size: int, kept_modules: Sequence[st
     }
 
 
-def refusal(*, bits: int, symmetric: bool, group_size: int, has_column_groups: bool) -> str | None:
-    """Why weights of these settings cannot be written in this layout, in a sentence; None where they can.
-
-    Args:
-        bits: of a code.
-        symmetric: no matter here.
-        group_size: no matter here.
-        has_column_groups: no matter here, since the order of the columns is stored.
-    """
-    return None if 1 <= bits <= 8 else f"Packed SpQR holds codes of 1 to 8 bits, and wbits is {bits}."
-
-
 class SpqrLinear(nn.Module):
     """A linear whose buffers are the packed tensors; its weight is decoded at every call and never kept.
 

@@ -14,7 +14,6 @@ from algorithms.formats.spqr import (
     load_packed,
     pack,
     quantization_config,
-    refusal,
     stored_bits,
     unpack,
 )
@@ -129,12 +128,6 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
     save_file(state, out / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing \['model\.norm\.weight'\]"):
         load_packed(out)
-
-
-def test_bits_beyond_a_byte_are_refused():
-    fine = {"bits": 8, "symmetric": True, "group_size": -1, "has_column_groups": True}
-    assert refusal(**fine) is None
-    assert "wbits is 16" in refusal(**(fine | {"bits": 16}))
 
 
 @pytest.mark.gpu
