@@ -63,6 +63,7 @@ class Aqlm(CompressionAlgorithm):
                     validation_samples=config.validation_size,
                 ),
                 reuse_on_new_data=True,
+                version=2,  # 2: the residual stream's distance is in the targets of the linears that write to it
             ),
             StageSpec(
                 name="conversion",

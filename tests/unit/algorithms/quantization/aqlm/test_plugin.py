@@ -119,7 +119,13 @@ def test_tuning_lowers_the_error_of_every_block(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"targets": "compressed_prefix"}, {"targets": "compressed_prefix", "true_sequential": True}, {"beam_size": 3}],
+    [
+        {},
+        {"finetune_max_epochs": 0},
+        {"targets": "compressed_prefix"},
+        {"targets": "compressed_prefix", "true_sequential": True},
+        {"beam_size": 3},
+    ],
 )
 def test_a_killed_calibration_resumes_at_its_block_with_the_same_result(tmp_path, changes):
     source = ModelSource(save_family(tmp_path / "base", "llama", blocks=3))
