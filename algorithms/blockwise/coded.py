@@ -97,13 +97,14 @@ class CodedCompressor(Generic[Weight]):
         if statistics is not None:
             wanted = {name: statistics.corrected(matrix) for name, matrix in wanted.items()}
         weights = self._method.fit(wanted, statistics)
+        hessian = None if statistics is None else statistics.hessian()
         modules: dict[str, nn.Module] = {}
         for name, linear in linears.items():
             finished = _Finished(weights[name], linear.bias)
             self._stored[name] = weights[name]
             bits = self._method.stored_bits(weights[name])
             self._reports[name] = {
-                "relative_error": _relative_error(wanted[name], finished.weight, statistics),
+                "relative_error": _relative_error(wanted[name], finished.weight, hessian),
                 "bits_per_weight": sum(bits.values()) / finished.weight.numel(),
                 "bits": {**bits, "parameters": finished.weight.numel()},
             }
@@ -117,10 +118,7 @@ class CodedCompressor(Generic[Weight]):
             generator = keyed_generator(self._seed, self._method.name, index, "tuning")
             report["tuning"] = asdict(tune_rounding(index, block, data, self._tuning, generator))
             self._replace_tuned(block)
-            held_out = data.validation_inputs.num_sequences > 0
-            inputs = data.validation_inputs if held_out else data.inputs
-            targets = data.validation_targets if held_out else data.targets
-            report["output_error"] = relative_output_error(block, index, inputs, targets)
+            report["output_error"] = relative_output_error(block, index, *data.judged)
         report["cpu_seconds"] = time.process_time() - self._started
         return report
 
@@ -148,11 +146,10 @@ class CodedCompressor(Generic[Weight]):
                 block.set_submodule(name, _Finished(self._stored[name], module.bias))
 
 
-def _relative_error(wanted: Tensor, weight: Tensor, statistics: InputStatistics | None) -> float:
+def _relative_error(wanted: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
     """Squared error of the outputs over their square, from a sample of rows: all of them would cost as much as a sweep."""
     rows = slice(None, None, max(1, wanted.shape[0] // _ERROR_ROWS))
     kept, difference = wanted[rows], (wanted - weight)[rows]
-    hessian = None if statistics is None else statistics.hessian()
     error, power = (
         torch.sum((part if hessian is None else part @ hessian).double() * part).item() for part in (difference, kept)
     )

@@ -20,7 +20,7 @@ from algorithms.modeling.source import ModelSource
 
 BITS = "bits_report.json"
 # Correcting a layer towards the original model is a regression with as many unknowns an output as there are inputs; more tokens
-# cost forwards of the original model and gain little (this and half of it are compared in the README of GPTQ).
+# cost forwards of the original model and gain little (GPTQ's README compares this with all tokens).
 _TOKENS_PER_INPUT = 24
 
 

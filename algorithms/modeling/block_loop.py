@@ -34,6 +34,13 @@ class BlockData:
     validation_inputs: Activations
     validation_targets: Activations
 
+    @property
+    def judged(self) -> tuple[Activations, Activations]:
+        """Inputs and targets that a block's error is reported on: those held out where there are any, else all."""
+        if self.validation_inputs.num_sequences > 0:
+            return self.validation_inputs, self.validation_targets
+        return self.inputs, self.targets
+
 
 class BlockCompressor(Protocol):
     """What the block loop asks of a method.

@@ -10,6 +10,7 @@ column j then costs.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Columns between two updates of everything behind them: the update is then a product of depth 128, not a sum of outer products.
 LAZY_COLUMNS = 128
@@ -86,7 +89,12 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
             damped = damped.float()  # three float64 matrices of I^2 are alive at once from here on, no more
             identity = torch.eye(wide.shape[0], dtype=wide.dtype, device=wide.device)
             upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if step:
+                logger.warning(
+                    "a Hessian needed damping %.2g, not %.2g, to be factored; its linears lose some accuracy", tried, damping
+                )
             return Factor(upper=upper.float().contiguous(), hessian=damped, damping=tried)
+    logger.warning("a Hessian could not be factored at any damping; its diagonal alone is used")
     diagonal = wide.diagonal().clamp(min=0) + mean
     return Factor(upper=diagonal.rsqrt().diag().float(), hessian=diagonal.diag().float(), damping=math.inf)
 

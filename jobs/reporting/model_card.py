@@ -33,9 +33,9 @@ _IMPORTS = {
     "spqr": ("from pathlib import Path", "from algorithms.formats.spqr import load_packed  # of Bitpress, which wrote this")
 }
 _NOTES = {
-    "gptq": "vLLM serves this folder as it is (`vllm serve .`); transformers reads it through gptqmodel, on a GPU.",
-    "compressed-tensors": "vLLM serves this folder as it is (`vllm serve .`).",
-    "gguf": "llama.cpp runs `model.gguf` as it is.",
+    "gptq": "The layout is that of vLLM and of transformers with gptqmodel, by their sources; neither was run on this folder.",
+    "compressed-tensors": "The layout is also vLLM's, by its source; vLLM was not run on this folder.",
+    "gguf": "llama.cpp reads `model.gguf` too, where it holds a tokenizer; the job's log says if it does not.",
     "spqr": "transformers alone does not know this layout and would start from random weights.",
 }
 

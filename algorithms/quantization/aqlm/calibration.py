@@ -95,10 +95,7 @@ class AqlmCompressor:
             settings = tuning_settings(self._config, sequence_length=data.inputs.batches[0].shape[1])
             report["tuning"] = asdict(tune_block(index, block, data, self._learning_rates(block), settings, generator))
         if data is not None and not self._config.skip_out_loss:
-            held_out = data.validation_inputs.num_sequences > 0
-            inputs = data.validation_inputs if held_out else data.inputs
-            targets = data.validation_targets if held_out else data.targets
-            report["output_error"] = relative_output_error(block, index, inputs, targets)
+            report["output_error"] = relative_output_error(block, index, *data.judged)
         report["cpu_seconds"] = time.process_time() - self._block.started
         self._block = _Progress(started=0.0, linears={})
         return report

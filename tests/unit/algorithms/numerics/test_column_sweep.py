@@ -111,6 +111,15 @@ def test_a_singular_hessian_is_damped_until_it_has_a_factor():
     torch.testing.assert_close(product, torch.eye(4, dtype=torch.float64), atol=1e-3, rtol=0)
 
 
+def test_more_damping_than_was_asked_for_is_reported(caplog):
+    indefinite = torch.eye(4) - 0.6 * torch.ones(4, 4)
+    with caplog.at_level("WARNING"):
+        inverse_factor(torch.eye(4), 0.01)
+        assert caplog.text == ""
+        inverse_factor(indefinite, 0.01)
+    assert "damping" in caplog.text
+
+
 def test_damping_grows_from_what_was_asked():
     hessian = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
     assert inverse_factor(hessian, 0.01).damping == pytest.approx(0.1)

@@ -100,7 +100,7 @@ def test_outliers_use_the_bits_that_were_asked_for_and_no_more(tmp_path, target,
     assert used >= (0.75 if target < 4 else 0.85) * allowed
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.02])
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.01, 0.02])
 def test_outliers_by_threshold_stay_within_their_limit(tmp_path, share):
     source = ModelSource(save_family(tmp_path / "base", "llama"))
     free, limited = (
@@ -114,7 +114,8 @@ def test_outliers_by_threshold_stay_within_their_limit(tmp_path, share):
         if free[name].outliers.values.numel() <= most:
             assert torch.equal(weight.dequantize(), free[name].dequantize())
         else:
-            assert weight.outliers.values.numel() >= int(0.6 * most), name
+            # Of half a dozen outliers no threshold may give just as many: there, only the limit is promised.
+            assert most < 10 or weight.outliers.values.numel() >= int(0.6 * most), name
 
 
 def test_a_smaller_threshold_makes_more_outliers_and_a_smaller_error(tmp_path):
