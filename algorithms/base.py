@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from algorithms.modeling.source import ModelSource
+from algorithms.parallel.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +36,13 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRequest:
-    """The calibration text a stage asks for: ``num_samples`` sequences of ``sequence_length`` tokens.
+    """The calibration text a stage asks for: ``num_samples`` sequences of ``sequence_length`` tokens, None for all there are.
 
     ``validation_samples`` of them (chosen by ``seed``) are handed over as ``StageContext.validation_tokens``. With ``packed``
     false, every document becomes one sequence that is cut at ``sequence_length``, never joined with its neighbours.
     """
 
-    num_samples: int
+    num_samples: int | None
     sequence_length: int
     seed: int
     validation_samples: int = 0
@@ -76,8 +77,11 @@ class StageContext:
 
     ``output_dir`` survives a kill: the stage resumes from whatever it finds there (the runner empties it first when the
     stage's key has changed) and it is renamed into place when the stage returns. ``scratch_dir`` is deleted after the stage.
-    ``metrics`` appends one line to the job's metrics.jsonl; ``evaluate`` returns named figures of a running model, for
-    stages that select on them. Token sequences are int64 tensors of shape [1, length].
+    ``metrics`` appends one line to the job's metrics.jsonl; ``evaluate`` returns named figures of a running model on the texts
+    that the stage names. Token sequences are int64 tensors of shape [1, length].
+
+    A stage that is ``distributed`` runs on every rank of ``ranks`` at once, with the same context but for ``ranks`` and
+    ``device``: all see the same tokens and folders, rank 0 alone writes files. Other stages run on rank 0, with ranks of one.
     """
 
     source: ModelSource
@@ -86,10 +90,10 @@ class StageContext:
     output_dir: Path
     scratch_dir: Path
     device: torch.device
-    process: Process
     seed: int
     metrics: Callable[[Mapping[str, object]], None]
     progress: Progress
+    ranks: Ranks = ALONE
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
 
 
@@ -99,7 +103,8 @@ class StageSpec:
 
     ``settings`` holds every configuration value that shapes the result, and nothing else: it is what "resume by digest"
     compares. ``directory`` is the folder under the job's ``tmp/``. ``reuse_on_new_data`` marks a stage whose finished result
-    is kept, with a warning, when only the data set of the recipe has changed. ``version`` changes with the mathematics.
+    is kept, with a warning, when only the data set of the recipe has changed. ``evaluates`` names texts that the stage wants
+    ``StageContext.evaluate`` for, in windows of ``tokens.sequence_length``. ``version`` changes with the mathematics.
     """
 
     name: str
@@ -109,6 +114,7 @@ class StageSpec:
     settings: Mapping[str, object] = field(default_factory=dict)
     tokens: TokenRequest | None = None
     distributed: bool = False
+    evaluates: tuple[str, ...] = ()
     reuse_on_new_data: bool = False
     version: int = 1
 

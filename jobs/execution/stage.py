@@ -179,7 +179,6 @@ def _context(job: Job, spec: StageSpec, tokens: Tokens | None, output: Path, scr
         output_dir=output,
         scratch_dir=scratch,
         device=job.device,
-        process=job.process,
         seed=spec.tokens.seed if spec.tokens else 0,
         metrics=lambda values: job.metrics({"stage": spec.name, **values}),
         progress=lambda description, total: _beating(job.parts.terminal.progress(description, total), attempt.beat),

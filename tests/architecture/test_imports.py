@@ -13,20 +13,23 @@ from tests.support.source_tree import PLUGIN_FAMILIES, ROOT, Module, imported, i
 OURS = {"main", "configs", "algorithms", "jobs", "tests", "examples"}
 ALLOWED = {
     "main": {"jobs", "configs"},
-    "jobs": {"algorithms.base", "algorithms.registry", "algorithms.modeling", "algorithms.formats", "configs"},
+    "jobs": {f"algorithms.{unit}" for unit in ("base", "registry", "modeling", "formats", "parallel")} | {"configs"},
     "algorithms": set(),
     "algorithms.registry": {"configs"},
-    "algorithms.base": {"algorithms.modeling"},
-    "algorithms.blockwise": {f"algorithms.{unit}" for unit in ("base", "finetuning", "formats", "modeling", "numerics")}
+    "algorithms.base": {"algorithms.modeling", "algorithms.parallel"},
+    "algorithms.blockwise": {
+        f"algorithms.{unit}" for unit in ("base", "finetuning", "formats", "modeling", "numerics", "parallel")
+    }
     | {"configs"},
-    "algorithms.finetuning": {"algorithms.numerics", "algorithms.modeling", "configs"},
+    "algorithms.finetuning": {"algorithms.numerics", "algorithms.modeling", "algorithms.parallel", "configs"},
     "algorithms.formats": {"algorithms.numerics", "algorithms.modeling"},
-    "algorithms.modeling": {"algorithms.numerics"},
+    "algorithms.modeling": {"algorithms.numerics", "algorithms.parallel"},
     "algorithms.numerics": set(),
+    "algorithms.parallel": set(),
     "configs": set(),
 }
 PLUGIN_MAY = {"configs"} | {
-    f"algorithms.{unit}" for unit in ("base", "blockwise", "numerics", "modeling", "formats", "finetuning")
+    f"algorithms.{unit}" for unit in ("base", "blockwise", "numerics", "modeling", "formats", "finetuning", "parallel")
 }
 LIBRARIES = {"configs": {"pydantic", "pydantic_core", "omegaconf", "yaml"}, "algorithms.numerics": {"torch"}}
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from algorithms.base import Artifact, CompressionAlgorithm, Process, StageContext
+from algorithms.base import Artifact, CompressionAlgorithm, StageContext
 from algorithms.modeling.source import ModelSource
 from tests.support.models import token_sequences
 
@@ -52,7 +52,6 @@ def _context(algorithm: CompressionAlgorithm, source: ModelSource, folder: Path,
         output_dir=folder,
         scratch_dir=folder.parent / "scratch",
         device=torch.device("cpu"),
-        process=Process(),
         seed=0,
         metrics=lambda record: None,
         progress=progress,

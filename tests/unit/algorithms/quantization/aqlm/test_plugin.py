@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from algorithms.base import Artifact, Process, StageContext
+from algorithms.base import Artifact, StageContext
 from algorithms.modeling.source import ModelSource
 from algorithms.quantization.aqlm.algorithm import Aqlm
 from algorithms.quantization.aqlm.config import AqlmConfig
@@ -61,7 +61,6 @@ def _context(source, folder, *, progress=_silent):
         output_dir=folder,
         scratch_dir=folder.parent / "scratch",
         device=torch.device("cpu"),
-        process=Process(),
         seed=0,
         metrics=lambda record: None,
         progress=progress,

@@ -1,0 +1,110 @@
+"""The processes that work on one stage together, and the few things they say to each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+_FIRST_NAP, _LONGEST_NAP = 0.001, 0.05  # seconds between two looks at who has arrived
+
+
+class Ranks:
+    """Ranks 0 .. size-1 of one process group, in step: each calls the same methods in the same order.
+
+    A process alone needs no group; every method is then trivial.
+
+    Args:
+        group: the process group; None for a process alone.
+        store: the group's key-value store, where ranks say that they have arrived; needed with a group.
+        device: where tensors are computed.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        store: dist.Store | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.group, self._store, self.device = group, store, torch.device(device)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self._meetings = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all ranks; every rank sees the same bits."""
+        if self.group is not None:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self.group)
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """The sum of each number over all ranks, in float64."""
+        total = torch.tensor(numbers, dtype=torch.float64, device=self._meeting_device)
+        self.sum_(total)
+        return total.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks. Tensors inside have to be on the CPU."""
+        if self.group is None:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value. Tensors inside have to be on the CPU."""
+        if self.group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def mine(self, items: Sequence[T]) -> list[T]:
+        """This rank's share of the items: every size-th, so that shares differ by one item at most."""
+        return list(items[self.rank :: self.size])
+
+    def meet(self) -> None:
+        """Wait until every rank has come here, however long the slowest works.
+
+        No collective is open meanwhile, so that none can run into its time-out: call this before one that follows work of
+        unequal length.
+        """
+        self._meetings += 1
+        if self.group is None:
+            return
+        assert self._store is not None, "a group comes with its store"
+        key, nap = f"meeting/{self._meetings}", _FIRST_NAP
+        arrived = self._store.add(key, 1)
+        while arrived < self.size:
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST_NAP)
+            arrived = self._store.add(key, 0)
+
+    @property
+    def _meeting_device(self) -> torch.device:
+        """The CPU wherever the group can talk about CPU tensors."""
+        return torch.device("cpu") if self.group is None or "gloo" in dist.get_backend_config(self.group) else self.device
+
+
+ALONE = Ranks()
+
+
+def share_out(sizes: Mapping[str, int], count: int) -> Mapping[str, int]:
+    """An owner below ``count`` for every item: the largest first, each to whoever has the least; ties go by name and number."""
+    loads = [0] * count
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = min(range(count), key=loads.__getitem__)
+        loads[owners[name]] += sizes[name]
+    return owners
