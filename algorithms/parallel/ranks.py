@@ -48,6 +48,15 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self.group)
 
+    def scatter_sum(self, matrix: Tensor, rows: int) -> Tensor:
+        """This rank's rows of the sum of all ranks' matrices [n, m]: those from rank * rows on, at most ``rows``."""
+        if self.group is None:
+            return matrix
+        padded = torch.nn.functional.pad(matrix, (0, 0, 0, rows * self.size - matrix.shape[0]))
+        summed = matrix.new_empty(rows, matrix.shape[1])
+        dist.reduce_scatter_tensor(summed, padded, group=self.group)
+        return summed[: max(0, min(rows, matrix.shape[0] - self.rank * rows))]
+
     def sum_numbers(self, *numbers: float) -> list[float]:
         """The sum of each number over all ranks, in float64."""
         total = torch.tensor(numbers, dtype=torch.float64, device=self._meeting_device)

@@ -14,6 +14,7 @@ from algorithms.formats.aqlm import packed_linears
 from algorithms.modeling.source import ModelSource
 from algorithms.quantization.aqlm import stages
 from algorithms.quantization.aqlm.config import AqlmConfig
+from algorithms.quantization.aqlm.tuning import TUNED, finetune
 from algorithms.quantization.aqlm.weight import stored_bits
 
 # Keys that change how a calibration runs, not what comes out of it beyond rounding: an out-of-memory remedy keeps all blocks.
@@ -25,7 +26,7 @@ _NOT_SHAPING = {
 
 
 class Aqlm(CompressionAlgorithm):
-    """The plugin: stages calibration and conversion."""
+    """The plugin: stages calibration, finetune (PV-Tuning, where the recipe asks for it) and conversion."""
 
     name = "AQLM"
     formats = ("aqlm", "dense")
@@ -33,18 +34,21 @@ class Aqlm(CompressionAlgorithm):
     def __init__(self, config: AqlmConfig, exports: Sequence[str] = ()) -> None:
         super().__init__(config, exports)
         self._calibration = config.calibration_config
+        self._tuning = config.finetune_config if config.tunes else None
 
     def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
-        """Refuse groups that do not divide the model's matrices.
+        """Refuse groups that do not divide the model's matrices, and codes that do not fit what the tuning keeps them in.
 
         Raises:
             ValueError: what is wrong, and which key to change.
         """
         if "calibration" in stages:
             check_shapes(source, in_group=self._calibration.in_group_size, out_group=self._calibration.out_group_size)
+        if "finetune" in stages and self._tuning is not None:
+            check_container(self._tuning.code_dtype, self._calibration.bits_per_codebook)
 
     def stages(self) -> Sequence[StageSpec]:
-        """Calibration and conversion, with the settings that shape each."""
+        """The stages of the recipe, with the settings that shape each."""
         config = self._calibration
         settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _NOT_SHAPING}
         if config.targets == "original":
@@ -65,6 +69,7 @@ class Aqlm(CompressionAlgorithm):
                 reuse_on_new_data=True,
                 version=2,  # 2: the residual stream's distance is in the targets of the linears that write to it
             ),
+            *self._tuning_stages(),
             StageSpec(
                 name="conversion",
                 run=self._convert,
@@ -75,8 +80,8 @@ class Aqlm(CompressionAlgorithm):
         )
 
     def load(self, artifact: Artifact) -> nn.Module:
-        """A calibration or a converted checkpoint as a float32 model."""
-        if artifact.kind == stages.CALIBRATED:
+        """A calibration, tuned or not, or a converted checkpoint as a float32 model."""
+        if artifact.kind in (stages.CALIBRATED, TUNED):
             return stages.load_calibrated(artifact.directory)
         return stages.load_converted(artifact.directory)
 
@@ -91,6 +96,29 @@ class Aqlm(CompressionAlgorithm):
             totals.update(stored_bits(codes, codebooks))
             totals["parameters"] += codes[0] * codes[1] * codebooks[2] * codebooks[3]
         return dict(totals)
+
+    def _tuning_stages(self) -> Sequence[StageSpec]:
+        tuning = self._tuning
+        if tuning is None:
+            return ()
+        request = TokenRequest(
+            num_samples=tuning.num_samples,
+            sequence_length=tuning.sequence_length,
+            seed=tuning.seed,
+            packed=not tuning.skip_grouping,
+        )
+        return (
+            StageSpec(
+                name="finetune",
+                run=lambda context, artifact: finetune(context, artifact, tuning),
+                directory="finetune",
+                kind=TUNED,
+                settings=tuning.shaping,
+                tokens=request,
+                distributed=True,
+                evaluates=tuning.eval_datasets,
+            ),
+        )
 
     def _calibrate(self, context: StageContext, _artifact: Artifact) -> Artifact:
         return stages.calibrate(context, self._calibration)
@@ -115,6 +143,20 @@ def check_shapes(source: ModelSource, *, in_group: int, out_group: int) -> None:
         raise ValueError(
             f"llm.AQLM.calibration_config: groups of {out_group} x {in_group} do not divide {', '.join(wrong)}; "
             "choose an in_group_size that divides the number of columns and an out_group_size that divides the rows."
+        )
+
+
+def check_container(code_dtype: str, bits: int) -> None:
+    """The dtype in which codes are kept while they are tuned has to hold them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    width = int(code_dtype.lstrip("uint"))
+    if bits > width:
+        raise ValueError(
+            f"llm.AQLM.finetune_config.code_dtype: {code_dtype} cannot hold codes of nbits_per_codebook={bits}; "
+            f"choose uint16 or leave the key out."
         )
 
 

@@ -6,11 +6,27 @@ the spellings of AQLM and nyuntam; ``configs.strict`` describes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from algorithms.quantization.aqlm.finetune_config import FinetuneConfig
+from algorithms.quantization.aqlm.keys import (
+    CODE_DTYPES,
+    FAST_TOKENIZER,
+    HALF_CODEBOOKS,
+    NO_CODE,
+    NO_PICKLE,
+    NO_WANDB,
+    ONE_GROUP,
+    ONE_SETTING,
+    ROW_SCALES,
+    SET_BY_JOB,
+    TOLERANCE,
+    TRUST,
+    USE_CUDA_ID,
+)
 from configs.strict import AlgorithmParameters, Inert, Parameters
 from configs.values import (
     Attention,
@@ -20,39 +36,19 @@ from configs.values import (
     FloatDtype,
     LoadDtype,
     Momentum,
-    Nullable,
     NumberOrZero,
     Only,
     OptionalCount,
-    OptionalPath,
     OptionalPositive,
     OptionalText,
     Overwrite,
     Positive,
-    Real,
     Seed,
     Whole,
     expected,
-    names,
 )
 
 STAGES = ("calibration", "finetune", "conversion")
-CODE_DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64")
-TOLERANCE = Nullable(Real(least=0.0, below=1.0))  # a loss cannot fall by more than all of it
-SHARE = Real(above=0.0, most=1.0)
-
-ROW_SCALES = "0: one float16 scale a row; clients of the AQLM format read no other"
-HALF_CODEBOOKS = "16: clients of the AQLM format read float16 codebooks"
-ONE_GROUP = "1: it takes effect below 16 bits a codebook value, which no client reads"
-ONE_SETTING = "false: the AQLM format has one num_codebooks for the whole model"
-USE_CUDA_ID = "null: the devices of a job are CUDA_ID at the top of the recipe"
-NO_PICKLE = "false: pickled modules are never read; models and tensors are safetensors"
-NO_WANDB = "false: the job writes its figures to metrics.jsonl"
-NO_CODE = "null: code from a recipe is never run"
-
-TRUST = Inert(False, "only TRUST_REMOTE_CODE at the top of the recipe counts")
-FAST_TOKENIZER = Inert(True, "the fast tokenizer is always used")
-SET_BY_JOB = Inert(None, "the job sets it")
 
 
 class CalibrationConfig(Parameters):
@@ -140,122 +136,6 @@ class CalibrationConfig(Parameters):
         return value
 
 
-class FinetuneConfig(Parameters):
-    """The finetune stage, PV-tuning. ``batch_size`` counts sequences over all ranks, ``microbatch_size`` those of one step."""
-
-    # the text
-    sequence_length: Annotated[int, BeforeValidator(Whole(2))] = Field(default=4096, alias="model_seqlen")
-    seed: Seed = 1337
-    skip_grouping: Flag = False
-    eval_datasets: Annotated[tuple[str, ...], BeforeValidator(names)] = ("wikitext2", "c4")
-    preprocessing_chunk_length: OptionalCount = None
-
-    # the loop
-    max_epochs: NumberOrZero = 10
-    batch_size: Count = 256
-    microbatch_size: OptionalCount = Field(default=4, validate_default=True)
-    eval_every_steps: OptionalCount = 1
-    save_every_steps: OptionalCount = 1
-    print_every_steps: OptionalCount = 1
-    keep_best_model: Flag = False
-
-    # what moves
-    update_codes: Flag = True
-    update_codebooks_and_scales: Flag = True
-    update_non_quantized_parameters: Flag = Field(default=True, validate_default=True)
-
-    # continuous parameters
-    lr: Positive = 1e-4
-    adam_beta1: Momentum = 0.9
-    adam_beta2: Momentum = 0.95
-    amsgrad: Flag = False
-    lamb: Flag = True
-    debias: Flag = True
-
-    # codes
-    code_lr: Positive = 1e-3
-    code_beta1: Momentum = 0.0
-    code_beta2: Momentum = 0.95
-    code_trust_ratio: Annotated[float | None, BeforeValidator(Nullable(SHARE))] = 0.01
-    max_code_change_per_step: Annotated[float, BeforeValidator(SHARE)] = 0.01
-    force_code_update: Flag = False
-    code_selection_temperature: Annotated[float, BeforeValidator(Real(least=0.0))] = 0.0
-    delta_decay: Annotated[float, BeforeValidator(Real(least=0.0, most=1.0))] = 0.0
-    beam_size: Count = 1
-
-    # how it runs
-    load_dtype: LoadDtype = "float32"
-    master_dtype: FloatDtype = "float32"
-    amp_dtype: FloatDtype = "float32"
-    straight_through_buffer_dtype: FloatDtype = "float32"
-    code_dtype: Annotated[str, BeforeValidator(Choice(CODE_DTYPES, prefix="torch."))] = "uint16"
-    code_adam_16bit: Flag = False
-    attn_implementation: Attention = None
-    block_type: OptionalText = None
-    wrap_separately: Annotated[tuple[str, ...], BeforeValidator(names)] = ()
-    gradient_checkpointing: Flag = True
-    minimize_sync: Flag = False
-    use_fsdp_amp: Flag = False
-    limit_parallel_inits: Count = 4
-    num_workers: NumberOrZero = 8
-    verbose_optimizer: Flag = True
-
-    # accepted without effect
-    base_model: OptionalText = None
-    cache_dir: OptionalPath = None
-    dataset_config_name: OptionalText = None
-    split: OptionalText = "none"
-    download_num_workers: OptionalCount = None
-    overwrite_cache: Flag = False
-    preprocessing_keep_in_memory: Flag = False
-    preprocessing_num_workers: OptionalCount = None
-    trust_remote_code: Flag = False
-    use_fast_tokenizer: Flag = False
-
-    # refused unless they ask for nothing
-    monkeypatch_old_pickle: Annotated[bool, BeforeValidator(Only(False, NO_PICKLE))] = False
-    wandb: Annotated[bool, BeforeValidator(Only(False, NO_WANDB))] = False
-
-    inert: ClassVar[Mapping[str, Inert]] = {
-        "base_model": SET_BY_JOB,
-        "cache_dir": Inert(None, "CACHE_PATH at the top of the recipe counts"),
-        "dataset_config_name": Inert(None, "DATASET_SUBNAME at the top of the recipe counts"),
-        "split": Inert("none", "SPLIT at the top of the recipe counts"),
-        "download_num_workers": Inert(None, "the hub client decides"),
-        "overwrite_cache": Inert(False, "tokens are made again whenever what shapes them changes"),
-        "preprocessing_keep_in_memory": Inert(False, "tokens are cached on disk"),
-        "preprocessing_num_workers": Inert(None, "the tokenizer brings its own threads"),
-        "code_selection_temperature": Inert(0.0, "no release of AQLM has ever used it"),
-        "trust_remote_code": TRUST,
-        "use_fast_tokenizer": FAST_TOKENIZER,
-    }
-
-    @field_validator("microbatch_size")
-    @classmethod
-    def _microbatches_fill_a_batch(cls, value: int | None, info: ValidationInfo) -> int | None:
-        batch_size = info.data.get("batch_size")
-        if value is not None and batch_size is not None and batch_size % value:
-            raise expected(f"a divisor of batch_size, which is {batch_size}")
-        return value
-
-    @field_validator("update_non_quantized_parameters")
-    @classmethod
-    def _something_moves(cls, value: bool, info: ValidationInfo) -> bool:
-        others = (info.data.get(name, True) for name in ("update_codes", "update_codebooks_and_scales"))
-        if not value and not any(others):
-            raise expected("true here, or for update_codes or update_codebooks_and_scales: all three false tune nothing")
-        return value
-
-    @field_validator("eval_datasets")
-    @classmethod
-    def _tasks_name_their_shots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            task, colon, shots = name.partition(":")
-            if colon and not (task and shots.isdigit()):
-                raise expected(f"names of texts, or tasks with their number of examples such as gsm8k:5 (not {name})")
-        return value
-
-
 class ConversionConfig(Parameters):
     """The conversion stage. What it writes is set by the AQLM format, so most of these keys have no effect."""
 
@@ -310,24 +190,12 @@ class AqlmConfig(AlgorithmParameters):
         return self.calibration_config.no_quant
 
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
-        """The lines of the keys without effect, and one for tuning that a run would refuse."""
+        """The lines of the keys without effect."""
         lines = super().warnings(prefix)
         if self.calibration_config.true_sequential and self.calibration_config.targets == "original":
             key = f"{prefix}calibration_config.true_sequential"
             lines = (*lines, f"{key} has no effect: targets: original implies it; it counts with targets: compressed_prefix")
-        if not self.tunes:
-            return lines
-        key = f"{prefix}finetune_config"
-        return (*lines, f"{key} asks for PV-tuning, which this version does not have: a run is refused until it is null")
-
-    def refusal(self, stages: Sequence[str] | None) -> str | None:
-        """PV-tuning is checked but not there yet."""
-        if not self.tunes or (stages is not None and "finetune" not in stages):
-            return None
-        return (
-            "llm.AQLM.finetune_config asks for PV-tuning, which this version does not have. Leave it out with "
-            "llm.AQLM.finetune_config=null, or calibrate now with STAGES=[calibration] and tune the result later."
-        )
+        return lines
 
     def memory_remedies(self) -> tuple[str, ...]:
         """Overrides that need less memory, those that leave the result as it is first."""

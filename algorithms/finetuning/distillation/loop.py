@@ -1,0 +1,309 @@
+"""Distillation: a student learns the original model's next-token distributions, step by step, and can be killed at any.
+
+Everything that is random depends on the seed and the number of the step, and a step is whole or has not happened: a run that
+goes on from a checkpoint repeats the same steps with the same results.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.finetuning.distillation.additive_student import StepReport
+from algorithms.finetuning.distillation.batches import Batches, MicroBatch, in_micro_batches
+from algorithms.finetuning.distillation.checkpoints import Checkpoints
+from algorithms.finetuning.distillation.loss import kl_divergence
+from algorithms.finetuning.distillation.sharding import set_summing
+from algorithms.finetuning.distillation.teacher import Autocast, Teacher
+from algorithms.parallel.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+_SAVE_SECONDS = 600.0
+_MAX_FAILURES = 3  # steps in a row without a finite loss
+
+
+class Student(Protocol):
+    """A model that is tuned, with the optimizer that tunes it."""
+
+    model: nn.Module
+
+    def values(self) -> dict[str, Tensor]:
+        """The tensors that are the result."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that the next step depends on, ``values`` among them."""
+        ...
+
+    def loaded(self) -> None:
+        """Hear that tensors were changed from outside."""
+        ...
+
+    def set_summing(self, sums: bool) -> None:
+        """Whether backward passes sum over ranks at once."""
+        ...
+
+    def discard_gradients(self) -> None:
+        """Forget what backward passes have left."""
+        ...
+
+    def step(self, number: int, factor: float) -> StepReport:
+        """Move against the gradients; ``number`` counts from 1, ``factor`` is that of the learning rates."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How long, in what portions, and what is written down when.
+
+    Sequences are counted by ``batch_size`` (over all ranks) and ``micro_batch_size``. ``schedule`` is ``constant`` or
+    ``cosine``, a fall to zero at the last step; before either, rates rise over ``warmup_steps``. The student is judged every
+    ``evaluate_every`` steps (None: after each epoch), saved every ``save_every`` (None: after each epoch and ten minutes),
+    described every ``print_every``. ``keep_best`` ends with the state of the lowest held-out divergence, the start included.
+    """
+
+    max_epochs: int
+    batch_size: int
+    micro_batch_size: int | None = None
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    print_every: int | None = 1
+    keep_best: bool = False
+    sums_once: bool = False
+    counts_codes: bool = True
+    seed: int = 0
+
+    def factor(self, step: int, steps: int) -> float:
+        """Of the learning rates at a step, from 0."""
+        rising = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return rising * (0.5 * (1 + math.cos(math.pi * step / steps)) if self.schedule == "cosine" else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the loop talks to. ``evaluate`` gives perplexities of texts that are shown and decide nothing."""
+
+    ranks: Ranks
+    directory: Path
+    autocast: Autocast
+    metrics: Callable[[Mapping[str, object]], None]
+    advance: Callable[[str], None]
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+
+
+@dataclass(kw_only=True)
+class History:
+    """A run so far, as its checkpoints keep it: a loss for every step, and each evaluation."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int | None = None
+    best_divergence: float | None = None
+    skipped: list[int] = field(default_factory=list)
+    stopped: str | None = None
+
+
+def distill(
+    student: Student,
+    teacher: Teacher,
+    training: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    settings: LoopSettings,
+    around: Surroundings,
+) -> History:
+    """Minimise the mean KL(teacher, student) over all tokens that count.
+
+    Args:
+        student: tuned in place; ends as the last step left it, or as its best evaluation did.
+        teacher: the original model.
+        training: token sequences [1, length] to learn from, the same on every rank.
+        held_out: those to judge by; may be empty.
+        settings: see there.
+        around: ranks, folder and displays; the folder's checkpoints are gone on from.
+
+    Returns:
+        What happened.
+    """
+    run = _Run(student, teacher, training, held_out, settings, around)
+    run.resume()
+    while run.step < run.steps and run.history.stopped is None:
+        run.take_step()
+    run.finish()
+    return run.history
+
+
+class _Run:
+    """The state of one call of :func:`distill`. ``step`` is how many steps are done."""
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        training: Sequence[Tensor],
+        held_out: Sequence[Tensor],
+        settings: LoopSettings,
+        around: Surroundings,
+    ) -> None:
+        self._student, self._teacher, self._held_out = student, teacher, held_out
+        self._settings, self._around, self._ranks = settings, around, around.ranks
+        self._batches = Batches(
+            training,
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            seed=settings.seed,
+            ranks=around.ranks,
+        )
+        self._newest = Checkpoints(around.directory, ".checkpoint", around.ranks)
+        self._best = Checkpoints(around.directory, ".best", around.ranks)
+        self._saved = time.monotonic()
+        self.step, self.history = 0, History()
+        self.steps = settings.max_epochs * self._batches.steps_per_epoch
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint; without one, judge the start."""
+        found = self._newest.newest()
+        if found is None:
+            self._judge()
+            return
+        self.step = found["step"]
+        self.history = History(**found["history"])
+        self._newest.load(self.step, self._student.state())
+        self._student.loaded()
+        logger.info("tuning goes on after step %d of %d", self.step, self.steps)
+        for _ in range(self.step):
+            self._around.advance("done before")
+
+    def take_step(self) -> None:
+        """One step, and what is due after it."""
+        started = time.process_time()
+        loss = self._accumulate()
+        if not math.isfinite(loss):
+            self._skip(loss)
+            return
+        report = self._student.step(self.step + 1, self._settings.factor(self.step, self.steps))
+        self.step += 1
+        self.history.losses.append(loss)
+        self._describe(loss, report, time.process_time() - started)
+        if self._is_due(self._settings.evaluate_every) or self.step == self.steps:
+            self._judge()
+        if self._is_due(self._settings.save_every) or self._is_late():
+            self._save()
+
+    def finish(self) -> None:
+        """Put the best state back if that is asked for."""
+        best = self.history.best_step
+        if self._settings.keep_best and best is not None and best != self.step:
+            self._best.load(best, self._student.values())
+            self._student.loaded()
+            logger.info("the student of step %d is kept: its held-out divergence was the lowest", best)
+
+    def _accumulate(self) -> float:
+        """Forward and backward of a step's micro-batches; returns the mean divergence over all ranks."""
+        micros, tokens = self._batches.step(self.step)
+        total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        for place, micro in enumerate(micros):
+            sums = not self._settings.sums_once or place == len(micros) - 1
+            set_summing(self._student.model, sums)
+            self._student.set_summing(sums)
+            divergence = self._divergence(micro.to(self._ranks.device))
+            (divergence / tokens).backward()
+            total += divergence.detach()
+        self._ranks.sum_(total)
+        return total.item() / tokens
+
+    def _divergence(self, batch: MicroBatch) -> Tensor:
+        """Sum over the batch's tokens that count."""
+        targets = self._teacher.targets(batch)
+        with self._around.autocast():
+            logits = self._student.model(input_ids=batch.tokens, use_cache=False).logits
+        return kl_divergence(logits.flatten(0, 1) if batch.mask.all() else logits[batch.mask], _flat(targets))
+
+    def _skip(self, loss: float) -> None:
+        """Leave a step out whose loss is not finite; several in a row end the tuning."""
+        self._student.discard_gradients()
+        self.step += 1
+        self.history.losses.append(loss)
+        self.history.skipped.append(self.step)
+        logger.warning("step %d: the loss is %s; nothing moves in this step", self.step, loss)
+        self._around.advance(f"loss {loss}")
+        last = list(range(self.step - _MAX_FAILURES + 1, self.step + 1))
+        if self.history.skipped[-_MAX_FAILURES:] == last:
+            self.history.stopped = f"the loss was not finite in steps {last[0]} to {last[-1]}"
+            logger.warning("tuning ends: %s. Lower lr or code_lr.", self.history.stopped)
+
+    def _describe(self, loss: float, report: StepReport, cpu_seconds: float) -> None:
+        codes = report.codes
+        line: dict[str, object] = {"event": "step", "step": self.step, "loss": loss, "cpu_seconds": round(cpu_seconds, 4)}
+        note = f"KL {loss:.4g}"
+        if report.gradient_norm is not None:
+            line["gradient_norm"] = report.gradient_norm
+            note += f", gradient norm {report.gradient_norm:.3g}"
+        if codes.examined:
+            line |= {f"codes_{name}": count for name, count in asdict(codes).items()}
+            if self._settings.counts_codes:
+                note += f", codes: {codes.examined} groups examined, {codes.proposed} proposed, {codes.changed} changed"
+        self._around.metrics(line)
+        every = self._settings.print_every
+        self._around.advance(note if every and self.step % every == 0 else "")
+
+    def _is_due(self, every: int | None) -> bool:
+        return self.step % (every or self._batches.steps_per_epoch) == 0
+
+    def _is_late(self) -> bool:
+        """Whether ten minutes have passed, by rank 0's clock; only where no interval is asked for."""
+        if self._settings.save_every is not None:
+            return False
+        (late,) = self._ranks.sum_numbers(float(self._ranks.is_main and time.monotonic() - self._saved > _SAVE_SECONDS))
+        return late > 0
+
+    @torch.no_grad()
+    def _judge(self) -> None:
+        """Divergence on the held-out sequences, which decides, and perplexities, which do not."""
+        found: dict[str, Any] = {"step": self.step}
+        if self._held_out:
+            found["divergence"] = self._held_out_divergence()
+        if self._around.evaluate is not None and self.step > 0:
+            found["perplexity"] = dict(self._around.evaluate(self._student.model))
+        if len(found) == 1:
+            return
+        self.history.evaluations.append(found)
+        self._around.metrics({"event": "evaluation", **found})
+        shown = [f"held-out KL {found['divergence']:.4g}"] if self._held_out else []
+        shown += [f"{name} perplexity {value:.5g}" for name, value in found.get("perplexity", {}).items()]
+        logger.info("step %d: %s", self.step, ", ".join(shown))
+        if self._settings.keep_best and self._is_better(found):
+            self.history.best_step, self.history.best_divergence = self.step, found["divergence"]
+            self._best.save(self.step, self._student.values(), {})
+
+    def _is_better(self, found: Mapping[str, Any]) -> bool:
+        best = self.history.best_divergence
+        return "divergence" in found and (best is None or found["divergence"] < best)
+
+    def _held_out_divergence(self) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        size = self._settings.micro_batch_size or self._settings.batch_size
+        for batch in in_micro_batches(self._held_out, size, self._ranks):
+            total += self._divergence(batch.to(self._ranks.device))
+        self._ranks.sum_(total)
+        return total.item() / sum(sequence.numel() for sequence in self._held_out)
+
+    def _save(self) -> None:
+        self._newest.save(self.step, self._student.state(), {"history": asdict(self.history)})
+        self._newest.keep_only(self.step)
+        self._best.keep_only(self.history.best_step)
+        self._saved = time.monotonic()
+
+
+def _flat(targets: Any) -> Any:  # noqa: ANN401 - logits or what a cache has kept
+    return targets.flatten(0, -2) if isinstance(targets, Tensor) else targets

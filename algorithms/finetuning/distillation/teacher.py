@@ -1,0 +1,114 @@
+"""The original model's distributions: computed anew for every batch, or kept on disk as their most likely tokens.
+
+Keeping ``k`` tokens of every position costs 6 k bytes of disk for each; what the others have together is known as the rest, so
+that the divergence over the k + 1 outcomes is exact and a lower bound of the whole one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from algorithms.finetuning.distillation.batches import MicroBatch, in_micro_batches
+from algorithms.finetuning.distillation.loss import TopLogits
+from algorithms.modeling.files import atomic_save_tensors, atomic_write_json
+from algorithms.parallel.ranks import Ranks
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+_DONE = "cache.json"
+
+
+class Teacher(Protocol):
+    """What the student's logits are compared with."""
+
+    def targets(self, batch: MicroBatch) -> Tensor | TopLogits:
+        """The teacher's word on the positions of a batch that count, in the order of the mask, on the batch's device."""
+        ...
+
+
+class LiveTeacher:
+    """The original model itself.
+
+    Args:
+        model: a causal LM without gradients, sharded like the student where ranks share the work.
+        autocast: the context in which it computes.
+    """
+
+    def __init__(self, model: nn.Module, autocast: Autocast) -> None:
+        self._model, self._autocast = model, autocast
+
+    @torch.no_grad()
+    def targets(self, batch: MicroBatch) -> Tensor:
+        """Logits [n, V]."""
+        with self._autocast():
+            logits = self._model(input_ids=batch.tokens, use_cache=False).logits
+        return logits if batch.mask.all() else logits[batch.mask]
+
+
+class CachedTeacher:
+    """Reads what :func:`fill_cache` has kept.
+
+    Args:
+        directory: the cache's folder.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def targets(self, batch: MicroBatch) -> TopLogits:
+        """The kept log probabilities and tokens of the positions that count."""
+        device = batch.tokens.device
+        kept = [self._read(number) for row, number in enumerate(batch.numbers) if batch.mask[row].any()]
+        if not kept:
+            nothing = torch.empty(0, 1, device=device)
+            return TopLogits(log_probabilities=nothing, tokens=nothing.int())
+        return TopLogits(
+            log_probabilities=torch.cat([values for values, _ in kept]).to(device),
+            tokens=torch.cat([tokens for _, tokens in kept]).to(device),
+        )
+
+    def _read(self, number: int) -> tuple[Tensor, Tensor]:
+        with safe_open(self._directory / f"{number}.safetensors", framework="pt") as handle:
+            return handle.get_tensor("log_probabilities"), handle.get_tensor("tokens")
+
+
+def fill_cache(
+    directory: Path, teacher: LiveTeacher, sequences: Sequence[Tensor], *, kept: int, micro_batch_size: int, ranks: Ranks
+) -> Iterator[None]:
+    """Keep the ``kept`` most likely tokens of every position of the sequences [1, length], one file a sequence.
+
+    Yields once a micro-batch. A cache that is there already is left as it is.
+    """
+    done = directory / _DONE
+    if ranks.from_main(done.is_file()):
+        return
+    for batch in in_micro_batches(sequences, micro_batch_size, ranks):
+        log_probabilities = teacher.targets(batch.to(ranks.device)).float().log_softmax(-1)
+        values, tokens = log_probabilities.topk(min(kept, log_probabilities.shape[-1]), dim=-1)
+        lengths = batch.mask.sum(1).tolist()
+        rows = zip(batch.numbers, values.half().split(lengths), tokens.int().split(lengths), strict=True)
+        for number, own_values, own_tokens in rows:
+            if own_values.numel():
+                tensors = {"log_probabilities": own_values, "tokens": own_tokens}
+                atomic_save_tensors(directory / f"{number}.safetensors", tensors)
+        yield
+    ranks.meet()
+    if ranks.is_main:
+        atomic_write_json(done, {"kept": kept, "sequences": len(sequences)})
+    ranks.meet()
+
+
+def cached_tokens(directory: Path) -> int | None:
+    """How many tokens a finished cache keeps of each position, or None where there is none."""
+    try:
+        return int(json.loads((directory / _DONE).read_text(encoding="utf-8"))["kept"])
+    except (OSError, ValueError, KeyError):
+        return None

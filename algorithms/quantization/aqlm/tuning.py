@@ -1,0 +1,272 @@
+"""The finetune stage: PV-Tuning of a calibrated model against the original one (arXiv 2405.14852)."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.base import Artifact, StageContext
+from algorithms.finetuning.distillation.adam import AdamRule
+from algorithms.finetuning.distillation.additive_student import AdditiveStudent, PvSettings
+from algorithms.finetuning.distillation.coded_linear import CodedLinear
+from algorithms.finetuning.distillation.loop import History, LoopSettings, Surroundings, distill
+from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype, teacher_model
+from algorithms.finetuning.distillation.sharding import whole
+from algorithms.finetuning.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, cached_tokens, fill_cache
+from algorithms.formats.aqlm import pack, packed_linears, unpack
+from algorithms.formats.checkpoint import OUTSIDE, Calibrated
+from algorithms.formats.storage import to_storage
+from algorithms.modeling.block_store import BlockStore
+from algorithms.modeling.companions import copy_companions
+from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, folder_digest
+from algorithms.modeling.source import ModelSource
+from algorithms.numerics.codebooks.additive import AdditiveCodes
+from algorithms.numerics.codebooks.constrained_recode import RecodeLimits
+from algorithms.numerics.randomness import keyed_generator
+from algorithms.parallel.ranks import Ranks
+from algorithms.quantization.aqlm.finetune_config import FinetuneConfig
+
+logger = logging.getLogger(__name__)
+
+TUNED = "aqlm-finetune"
+_CACHE = ".teacher"
+_CACHED_PASS = 4  # sequences, where the recipe leaves the size of a pass open
+_CONTAINERS = {"uint8": torch.int8, "uint16": torch.int16}
+_MOST_HELD_OUT, _HELD_OUT_SHARE = 128, 32
+
+
+def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) -> Artifact:
+    """Tune what the calibration left; leaves the same layout, and ``tuning.json`` with the losses of every step."""
+    source = context.source.with_attention(config.attn_implementation)
+    ranks, calibrated, key = context.ranks, Calibrated(artifact.directory), "llm.AQLM.finetune_config"
+    how = Computation(
+        ranks=ranks,
+        amp_dtype=computed_dtype(config.amp_dtype, context.device, f"{key}.amp_dtype"),
+        gathers_in_amp=config.use_fsdp_amp,
+        separately=config.wrap_separately,
+    )
+    training, held_out = hold_out(context.tokens, config)
+    student = AdditiveStudent(student_model(source, calibrated, config, how), pv_settings(config), ranks)
+    before = _codes(student.model)
+    settings = loop_settings(config)
+    steps = settings.max_epochs * -(-len(training) // min(settings.batch_size, len(training)))
+    teacher = _teacher(context, source, config, how, training)
+    with context.progress("PV-Tuning", steps) as advance:
+        around = Surroundings(
+            ranks=ranks,
+            directory=context.output_dir,
+            autocast=how.autocast,
+            metrics=context.metrics,
+            advance=advance,
+            evaluate=context.evaluate,
+        )
+        history = distill(student, teacher, training, held_out, settings, around)
+    shares = _changed(before, _codes(student.model))
+    _write(context.output_dir, source, calibrated, student, ranks, shares)
+    if ranks.is_main:
+        _write_report(context.output_dir, history, shares)
+    ranks.meet()
+    return Artifact(kind=TUNED, directory=context.output_dir, digest=folder_digest(context.output_dir))
+
+
+def hold_out(sequences: Sequence[Tensor], config: FinetuneConfig) -> tuple[list[Tensor], list[Tensor]]:
+    """Sequences to learn from and to judge by; the second are chosen by the seed.
+
+    Raises:
+        ValueError: nothing would be left to learn from.
+    """
+    count = config.validation_size
+    if count is None:
+        share = max(1, min(_MOST_HELD_OUT, len(sequences) // _HELD_OUT_SHARE))
+        count = share if config.keep_best_model and len(sequences) > 1 else 0
+    if count >= len(sequences):
+        raise ValueError(
+            f"llm.AQLM.finetune_config.val_size: {count} of {len(sequences)} sequences are held out, which leaves none to "
+            "learn from. Lower val_size or model_seqlen, or name a longer text."
+        )
+    order = torch.randperm(len(sequences), generator=keyed_generator(config.seed, "held out")).tolist()
+    chosen = set(order[:count])
+    kept = [sequence for number, sequence in enumerate(sequences) if number not in chosen]
+    return kept, [sequences[number] for number in sorted(chosen)]
+
+
+def pv_settings(config: FinetuneConfig) -> PvSettings:
+    """The recipe's keys as the optimizer understands them."""
+    shared = {"lamb": config.lamb, "amsgrad": config.amsgrad, "debias": config.debias}
+    return PvSettings(
+        rule=AdamRule(beta1=config.adam_beta1, beta2=config.adam_beta2, **shared),
+        lr=config.lr,
+        code_rule=AdamRule(beta1=config.code_beta1, beta2=config.code_beta2, sixteen_bit=config.code_adam_16bit, **shared),
+        code_lr=config.code_lr,
+        delta_decay=config.delta_decay,
+        limits=RecodeLimits(
+            max_change=config.max_code_change_per_step,
+            trust_ratio=config.code_trust_ratio,
+            forced=config.force_code_update,
+            temperature=config.code_selection_temperature,
+            beam_size=config.beam_size,
+        ),
+        buffer_dtype=getattr(torch, config.straight_through_buffer_dtype),
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        **{f"moves_{name}": moves for name, moves in config.moves.items()},
+    )
+
+
+def loop_settings(config: FinetuneConfig) -> LoopSettings:
+    """The recipe's keys as the loop understands them."""
+    return LoopSettings(
+        max_epochs=config.max_epochs,
+        batch_size=config.batch_size,
+        micro_batch_size=config.microbatch_size,
+        schedule=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        evaluate_every=config.eval_every_steps,
+        save_every=config.save_every_steps,
+        print_every=config.print_every_steps,
+        keep_best=config.keep_best_model,
+        sums_once=config.minimize_sync,
+        counts_codes=config.verbose_optimizer,
+        seed=config.seed,
+    )
+
+
+def student_model(source: ModelSource, calibrated: Calibrated, config: FinetuneConfig, how: Computation) -> nn.Module:
+    """The calibrated model with :class:`CodedLinear` layers, gradients wanted for what the recipe tunes."""
+    master: torch.dtype = getattr(torch, config.master_dtype)
+    container = _CONTAINERS.get(config.code_dtype) or getattr(torch, config.code_dtype)
+    blocks = dict(calibrated.blocks())
+
+    def _fill(index: int, block: nn.Module) -> nn.Module:
+        tensors = blocks.pop(index)
+        packed = packed_linears(list(tensors))
+        for name in packed:
+            weight, bias = unpack(tensors, name), tensors.get(f"{name}.bias")
+            block.set_submodule(name, _coded(weight, bias, container, master, how))
+        inside = tuple(f"{name}." for name in packed)
+        others = {name: tensor.to(master) for name, tensor in tensors.items() if not name.startswith(inside)}
+        block.load_state_dict(others, strict=False, assign=True)
+        for name, parameter in block.named_parameters():
+            is_code = name.rpartition(".")[2] in ("codes", "codebooks", "scales") and name.startswith(inside)
+            parameter.requires_grad_(config.moves["norms"] and not is_code)
+        return block
+
+    outside = {name: tensor.to(master) for name, tensor in calibrated.outside().items()}
+    model = assemble(source, outside, _fill, how, recomputes=config.gradient_checkpointing)
+    ends = [id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) for p in end.parameters()]
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{source.architecture.blocks}."):
+            parameter.requires_grad_(config.moves["embeddings" if id(parameter) in ends else "norms"])
+    return model
+
+
+def _coded(
+    weight: AdditiveCodes, bias: Tensor | None, container: torch.dtype, master: torch.dtype, how: Computation
+) -> CodedLinear:
+    device = how.ranks.device
+    weight = AdditiveCodes(
+        codes=weight.codes.to(device), codebooks=weight.codebooks.to(device), scales=weight.scales.to(device)
+    )
+    bias = None if bias is None else bias.to(device)
+    return CodedLinear(weight, bias, container=container, master=master, compute=how.amp_dtype, ranks=how.ranks)
+
+
+def _teacher(
+    context: StageContext, source: ModelSource, config: FinetuneConfig, how: Computation, training: Sequence[Tensor]
+) -> Teacher:
+    cache = context.output_dir / _CACHE
+    if config.teacher_cache is not None and context.ranks.from_main(cached_tokens(cache)) == config.teacher_cache:
+        return CachedTeacher(cache)
+    dtype = config.load_dtype if config.load_dtype != "auto" else str(source.config.dtype or "float32").removeprefix("torch.")
+    loaded = computed_dtype(dtype, context.device, "llm.AQLM.finetune_config.load_dtype")
+    live = LiveTeacher(teacher_model(source, loaded, how), how.autocast)
+    if config.teacher_cache is None:
+        return live
+    size = config.microbatch_size or _CACHED_PASS
+    share = -(-len(training) // context.ranks.size)
+    with context.progress("original model's logits", -(-share // size)) as advance:
+        for _ in fill_cache(cache, live, training, kept=config.teacher_cache, micro_batch_size=size, ranks=context.ranks):
+            advance("")
+    return CachedTeacher(cache)
+
+
+def _codes(model: nn.Module) -> dict[str, Tensor]:
+    """All codes [no, ni, M] of every linear, on the CPU; every rank has to ask."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, CodedLinear)}
+    return {name: whole(linear.codes.detach()).cpu().clone() for name, linear in linears.items()}
+
+
+def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
+    """The share of groups whose codes are other than before, by linear."""
+    return {name: torch.any(before[name] != codes, dim=-1).float().mean().item() for name, codes in after.items()}
+
+
+def _write(
+    directory: Path,
+    source: ModelSource,
+    calibrated: Calibrated,
+    student: AdditiveStudent,
+    ranks: Ranks,
+    shares: Mapping[str, float],
+) -> None:
+    """The tuned model in the layout of a calibration, block by block; every rank has to come along."""
+    parts, store = _Parts(student.model), BlockStore(directory)
+    for index in range(source.num_blocks):
+        prefix = source.block_prefix(index)
+        tensors = parts.below(prefix)
+        if ranks.is_main:
+            changed = {name.removeprefix(prefix): share for name, share in shares.items() if name.startswith(prefix)}
+            store.save(index, tensors, {"index": index, "changed_codes": changed})
+    outside = parts.outside(f"{source.architecture.blocks}.", list(calibrated.outside()))
+    if ranks.is_main:
+        atomic_save_tensors(directory / OUTSIDE, outside)
+        copy_companions(calibrated.directory, directory)
+        shutil.copyfile(calibrated.directory / "config.json", directory / "config.json")
+
+
+class _Parts:
+    """The tensors of a tuned model as they are stored."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, CodedLinear)}
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """Everything in one block, named relative to it."""
+        tensors: dict[str, Tensor] = {}
+        for name, linear in self._linears.items():
+            if name.startswith(prefix):
+                tensors |= pack(_additive(linear), name.removeprefix(prefix))
+        inside = tuple(f"{name}.{part}" for name in self._linears for part in ("codes", "codebooks", "scales"))
+        for name, parameter in self._model.named_parameters():
+            if name.startswith(prefix) and name not in inside:
+                tensors[name.removeprefix(prefix)] = to_storage(whole(parameter.detach()).cpu(), name)
+        return tensors
+
+    def outside(self, blocks: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Everything that belongs to no block, under the names that were stored before: a tied head has one of two."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        return {name: to_storage(whole(parameters[name].detach()).cpu(), name) for name in names if not name.startswith(blocks)}
+
+
+def _additive(linear: CodedLinear) -> AdditiveCodes:
+    codes, codebooks, scales = (whole(t.detach()).cpu() for t in (linear.codes, linear.codebooks, linear.scales))
+    return AdditiveCodes(
+        codes=linear.unsigned(codes),
+        codebooks=codebooks.float().view(linear.num_codebooks, linear.num_codewords, *linear.group_shape),
+        scales=scales.float(),
+    )
+
+
+def _write_report(directory: Path, history: History, shares: Mapping[str, float]) -> None:
+    """``tuning.json``; and away with what only an unfinished run needs."""
+    atomic_write_json(directory / "tuning.json", {**asdict(history), "changed_codes": dict(shares)})
+    for path in directory.glob(".*"):
+        if path.is_dir() and path.name.startswith((".checkpoint-", ".best-", _CACHE)):
+            shutil.rmtree(path)
