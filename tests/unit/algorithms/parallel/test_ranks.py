@@ -3,7 +3,8 @@ import time
 import pytest
 import torch
 
-from algorithms.parallel.ranks import ALONE, share_out
+from algorithms.numerics.sparse_quantized import Outliers
+from algorithms.parallel.ranks import ALONE, Ranks, share_out
 from tests.support.rank_processes import run_on_ranks
 
 
@@ -40,6 +41,33 @@ def test_a_process_alone_hears_itself():
         "main": ("from", 0),
         "mine": [0, 1, 2, 3, 4],
     }
+
+
+def _exchange(ranks):
+    part = Outliers(offsets=torch.arange(3), columns=torch.ones(1, dtype=torch.bool), values=torch.full((2,), ranks.rank / 4))
+    many = [torch.full((1 << 15,), 1.0 + ranks.rank), torch.full((1 << 15, 2), 2 * ranks.rank)]
+    ranks.sum_(*many)
+    return ranks.exchange({"parts": [part, (part.values, "word")]}), [tensor.unique().tolist() for tensor in many]
+
+
+def test_values_with_tensors_in_them_are_exchanged():
+    for exchanged, totals in run_on_ranks(_exchange, 2):
+        assert totals == [[3.0], [2]]
+        for rank, value in enumerate(exchanged):
+            outliers, (values, word) = value["parts"]
+            assert outliers.values.tolist() == values.tolist() == [rank / 4] * 2
+            assert (outliers.columns.dtype, outliers.offsets.tolist(), word) == (torch.bool, [0, 1, 2], "word")
+
+
+def test_runs_of_all_ranks_are_all_items():
+    class _Of(Ranks):
+        def __init__(self, rank, size):
+            self.rank, self.size = rank, size
+
+    for count, size in ((7, 2), (8, 3), (1, 3), (0, 2)):
+        runs = [_Of(rank, size).run_of(count) for rank in range(size)]
+        assert [place for run in runs for place in range(count)[run]] == list(range(count))
+        assert max(len(range(count)[run]) for run in runs) <= -(-count // size)
 
 
 def _meet(ranks):
