@@ -32,6 +32,7 @@ def uniform_pipeline(
         stored_bits=uniform.stored_bits,
         tunable=tunable,
         tuned=tuned,
+        join=UniformCodes.joined,
     )
     return Pipeline(
         config=config,
