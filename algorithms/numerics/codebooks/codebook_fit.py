@@ -54,7 +54,7 @@ def solve_codebooks(
     power = torch.sum(residual * preconditioned)
     exhausted = _EXHAUSTED * power
     for _ in range(iterations):
-        moved = ungroup(sum_codewords(rows, direction).view(*shape, -1) * scales, (og, ig)) @ hessian
+        moved = ungroup(sum_codewords(rows, direction).view(*shape, og * ig) * scales, (og, ig)) @ hessian
         product = _adjoint(moved)
         curvature = torch.sum(direction * product)
         # What decides whether to go on is a sum over the processes: they go on together even if they round differently.
