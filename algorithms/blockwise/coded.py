@@ -17,6 +17,7 @@ from algorithms.formats.checkpoint import DenseState
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.block_loop import BlockData
 from algorithms.numerics.randomness import keyed_generator
+from algorithms.numerics.spread import WHOLE, Spread
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import ALONE, Ranks, share_out
 
@@ -38,21 +39,23 @@ Weight = TypeVar("Weight", bound=Coded)
 class Method(Generic[Weight]):
     """What a plugin brings.
 
-    ``fit`` turns the wanted weights [O, I] of linears that share an input into stored ones, given that input's statistics;
-    ``pack`` gives a weight's tensors under a prefix, ``dense_state`` decodes all that are among a block's, ``stored_bits``
-    counts them. ``tunable`` makes a linear under training from a stored weight, the wanted one and a bias, and ``tuned`` the
-    stored weight again. ``name`` keys the randomness. With ``join``, the rows of a matrix can be fitted apart from each other,
-    and it puts stored weights of the same columns together again, in the order of their rows.
+    ``fit`` turns the wanted weights [O, I] of linears that share an input into stored ones, given that input's statistics and
+    how the rows of each weight are spread over processes. ``pack`` gives a weight's tensors under a prefix, ``dense_state``
+    decodes all that are among a block's, ``stored_bits`` counts them. ``tunable`` makes a linear under training from a stored
+    weight, the wanted one and a bias, and ``tuned`` the stored weight again. ``name`` keys the randomness. With ``join``, the
+    rows of a matrix can be fitted apart from each other, ``rows_together`` and their multiples at a time, and it puts such
+    parts together again, in their order.
     """
 
     name: str
-    fit: Callable[[Mapping[str, Tensor], InputStatistics | None], Mapping[str, Weight]]
+    fit: Callable[[Mapping[str, Tensor], InputStatistics | None, Spread], Mapping[str, Weight]]
     pack: Callable[[Weight, str], Mapping[str, Tensor]]
     dense_state: DenseState
     stored_bits: Callable[[Weight], Mapping[str, int]]
     tunable: Callable[[Weight, Tensor, Tensor | None], RoundingLinear]
     tuned: Callable[[RoundingLinear, Weight], Weight]
     join: Callable[[Sequence[Weight]], Weight] | None = None
+    rows_together: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +139,21 @@ class CodedCompressor(Generic[Weight]):
         return modules
 
     def _fit_share(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None) -> dict[str, _Fitted[Weight]]:
-        """Fit what falls to this rank."""
+        """Fit what falls to this rank: a run of rows of every linear, or whole linears where rows cannot be fitted apart."""
+        ranks, together, spread = self._ranks, self._method.rows_together, WHOLE
+        shared = {name: slice(None) for name in linears}
+        splits = all(linear.out_features // together >= ranks.size for linear in linears.values())
+        if ranks.size > 1 and splits and self._method.join is not None:
+            spread = Spread(index=ranks.rank, count=ranks.size, sum_=ranks.sum_)
+            shared = {name: spread.run_of(linear.out_features, together) for name, linear in linears.items()}
+        elif ranks.size > 1:
+            owners = share_out({name: linear.weight.numel() for name, linear in linears.items()}, ranks.size)
+            shared = {name: rows for name, rows in shared.items() if owners[name] == ranks.rank}
         wanted = {}
-        for name, rows in self._share(linears).items():
+        for name, rows in shared.items():
             matrix = linears[name].weight.detach()[rows].float()
             wanted[name] = matrix if statistics is None else statistics.corrected(matrix, rows)
-        stored = self._method.fit(wanted, statistics) if wanted else {}
+        stored = self._method.fit(wanted, statistics, spread) if wanted else {}
         hessian = statistics.hessian() if wanted and statistics is not None else None
         fitted = {}
         for name, matrix in wanted.items():
@@ -150,14 +162,6 @@ class CodedCompressor(Generic[Weight]):
             kept = matrix if self.tunes else None
             fitted[name] = _Fitted(stored=stored[name], wanted=kept, error=error, power=power)
         return fitted
-
-    def _share(self, linears: Mapping[str, nn.Linear]) -> dict[str, slice]:
-        """The rows of each linear that fall to this rank; linears of which it has none are left out."""
-        if self._method.join is None:
-            owners = share_out({name: linear.weight.numel() for name, linear in linears.items()}, self._ranks.size)
-            return {name: slice(None) for name in linears if owners[name] == self._ranks.rank}
-        runs = {name: self._ranks.run_of(linear.out_features) for name, linear in linears.items()}
-        return {name: rows for name, rows in runs.items() if rows.start < rows.stop}
 
     def _joined(self, parts: Sequence[Weight]) -> Weight:
         if len(parts) == 1:

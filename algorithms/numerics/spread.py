@@ -29,9 +29,10 @@ class Spread:
     count: int = 1
     sum_: Callable[..., None] = _add_nothing
 
-    def run_of(self, count: int) -> slice:
-        """Where this process's rows stand among ``count`` rows that are shared out evenly."""
-        return slice(count * self.index // self.count, count * (self.index + 1) // self.count)
+    def run_of(self, count: int, together: int = 1) -> slice:
+        """Where this process's rows stand among ``count`` rows, shared out evenly in multiples of ``together`` and a rest."""
+        first, last = (together * (count // together * index // self.count) for index in (self.index, self.index + 1))
+        return slice(first, count if self.index == self.count - 1 else last)
 
     def number(self, rows: Tensor) -> tuple[int, int]:
         """The number of this process's first row among those of all, and how many those are."""

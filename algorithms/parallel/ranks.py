@@ -96,10 +96,6 @@ class Ranks:
         """This rank's share of the items: every size-th, so that shares differ by one item at most."""
         return list(items[self.rank :: self.size])
 
-    def run_of(self, count: int) -> slice:
-        """This rank's run of neighbours among ``count`` items; the runs of all ranks, in their order, are all items."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
     def meet(self) -> None:
         """Wait until every rank has come here, however long the slowest works.
 

@@ -109,9 +109,7 @@ class AqlmCompressor:
         )
 
     def _fit(self, index: int, name: str, linear: nn.Linear, statistics: InputStatistics, spread: Spread) -> _Fitted:
-        og = self._settings.group_shape[0]
-        groups = spread.run_of(linear.out_features // og)
-        rows = slice(groups.start * og, groups.stop * og)
+        rows = spread.run_of(linear.out_features, self._settings.group_shape[0])
         matrix, hessian = statistics.corrected(linear.weight.detach()[rows].float(), rows), statistics.hessian()
         generator = keyed_generator(self._config.seed, "aqlm", index, name)
         fit = fit_additive(matrix, hessian, self._settings, generator, spread)

@@ -30,6 +30,8 @@ def test_one_process_has_all_rows():
 
 
 def test_runs_are_all_rows():
-    for count, size in ((7, 2), (8, 3), (2, 3)):
-        runs = [Spread(index=index, count=size).run_of(count) for index in range(size)]
+    for count, size, together in ((7, 2, 1), (8, 3, 1), (2, 3, 1), (64, 3, 16), (70, 2, 16)):
+        runs = [Spread(index=index, count=size).run_of(count, together) for index in range(size)]
         assert [row for run in runs for row in range(count)[run]] == list(range(count))
+        assert all(run.start % together == 0 for run in runs)
+        assert max(run.stop - run.start for run in runs) < count / size + 2 * together

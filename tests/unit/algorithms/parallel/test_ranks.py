@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from algorithms.numerics.sparse_quantized import Outliers
-from algorithms.parallel.ranks import ALONE, Ranks, share_out
+from algorithms.parallel.ranks import ALONE, share_out
 from tests.support.rank_processes import run_on_ranks
 
 
@@ -57,17 +57,6 @@ def test_values_with_tensors_in_them_are_exchanged():
             outliers, (values, word) = value["parts"]
             assert outliers.values.tolist() == values.tolist() == [rank / 4] * 2
             assert (outliers.columns.dtype, outliers.offsets.tolist(), word) == (torch.bool, [0, 1, 2], "word")
-
-
-def test_runs_of_all_ranks_are_all_items():
-    class _Of(Ranks):
-        def __init__(self, rank, size):
-            self.rank, self.size = rank, size
-
-    for count, size in ((7, 2), (8, 3), (1, 3), (0, 2)):
-        runs = [_Of(rank, size).run_of(count) for rank in range(size)]
-        assert [place for run in runs for place in range(count)[run]] == list(range(count))
-        assert max(len(range(count)[run]) for run in runs) <= -(-count // size)
 
 
 def _meet(ranks):
