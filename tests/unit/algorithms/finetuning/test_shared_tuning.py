@@ -84,16 +84,24 @@ def test_the_gradient_of_a_step_is_that_of_one_process(size, count):
         torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_every_sequence_is_in_one_step_of_an_epoch():
-    # Nothing is learned, so that the elements of all steps weigh their losses into the loss of the whole.
-    whole, _ = _gradients(ALONE, 9, 16)
-    steps = [steps for _, steps in run_on_ranks(_gradients, 2, 9, 9)]
-    assert [len(each) for each in steps] == [1, 1]
-    for size, batch_size, expected in ((2, 4, 3), (2, 1, 9), (3, 2, 5)):
-        found = run_on_ranks(_gradients, size, 9, batch_size)
-        assert [len(steps) for _, steps in found] == [expected] * size
-        assert len({loss for loss, _ in found}) == 1
-        assert 0.5 * whole < found[0][0] < 2 * whole
+def _steps(ranks, batch_size):
+    """The lengths of this rank's sequences in each step, and the elements of the whole step."""
+    data = _data(ranks)
+    settings = TuningSettings(max_epochs=1, batch_size=batch_size, micro_batch_size=2)
+    examples = block_tuning._Examples(0, nn.Sequential(_Scaled(1.0)), data, settings)
+    steps = examples.shuffled(torch.Generator().manual_seed(ranks.rank))
+    return [([data.inputs.batches[b].shape[1] for b, _ in places], elements) for places, elements in steps]
+
+
+@pytest.mark.parametrize(("size", "batch_size", "expected"), [(2, 4, [4, 4, 1]), (2, 1, [1] * 9), (3, 2, [2, 2, 2, 2, 1])])
+def test_every_sequence_is_in_one_step_of_an_epoch_and_steps_are_shared_evenly(size, batch_size, expected):
+    found = run_on_ranks(_steps, size, batch_size)
+    together = [[lengths for lengths, _ in step] for step in zip(*found, strict=True)]
+    assert [sum(map(len, shares)) for shares in together] == expected
+    assert all(max(map(len, shares)) - min(map(len, shares)) <= 1 for shares in together)
+    assert sorted(length for shares in together for share in shares for length in share) == sorted(3 + n % 4 for n in range(9))
+    for steps in found:
+        assert [elements for _, elements in steps] == [6 * sum(map(sum, shares)) for shares in together]
 
 
 def _tune(ranks, spoiled, options):
