@@ -15,9 +15,11 @@ from algorithms.finetuning.config import BlockTuningConfig
 from algorithms.finetuning.learned_rounding import RoundingLinear, tune_rounding
 from algorithms.formats.checkpoint import DenseState
 from algorithms.formats.storage import to_storage
-from algorithms.modeling.block_loop import BlockData, relative_output_error
+from algorithms.modeling.block_loop import BlockData
 from algorithms.numerics.randomness import keyed_generator
+from algorithms.numerics.spread import WHOLE, Spread
 from algorithms.numerics.statistics import InputStatistics
+from algorithms.parallel.ranks import ALONE, Ranks, share_out
 
 _ERROR_ROWS = 256
 
@@ -37,19 +39,33 @@ Weight = TypeVar("Weight", bound=Coded)
 class Method(Generic[Weight]):
     """What a plugin brings.
 
-    ``fit`` turns the wanted weights [O, I] of linears that share an input into stored ones, given that input's statistics;
-    ``pack`` gives a weight's tensors under a prefix, ``dense_state`` decodes all that are among a block's, ``stored_bits``
-    counts them. ``tunable`` makes a linear under training from a stored weight, the wanted one and a bias, and ``tuned`` the
-    stored weight again. ``name`` keys the randomness.
+    ``fit`` turns the wanted weights [O, I] of linears that share an input into stored ones, given that input's statistics and
+    how the rows of each weight are spread over processes. ``pack`` gives a weight's tensors under a prefix, ``dense_state``
+    decodes all that are among a block's, ``stored_bits`` counts them. ``tunable`` makes a linear under training from a stored
+    weight, the wanted one and a bias, and ``tuned`` the stored weight again. ``name`` keys the randomness. With ``join``, the
+    rows of a matrix can be fitted apart from each other, ``rows_together`` and their multiples at a time, and it puts such
+    parts together again, in their order.
     """
 
     name: str
-    fit: Callable[[Mapping[str, Tensor], InputStatistics | None], Mapping[str, Weight]]
+    fit: Callable[[Mapping[str, Tensor], InputStatistics | None, Spread], Mapping[str, Weight]]
     pack: Callable[[Weight, str], Mapping[str, Tensor]]
     dense_state: DenseState
     stored_bits: Callable[[Weight], Mapping[str, int]]
     tunable: Callable[[Weight, Tensor, Tensor | None], RoundingLinear]
     tuned: Callable[[RoundingLinear, Weight], Weight]
+    join: Callable[[Sequence[Weight]], Weight] | None = None
+    rows_together: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fitted(Generic[Weight]):
+    """Rows of a linear: as they are stored, as they were wanted where tuning needs them, and the sums of their report."""
+
+    stored: Weight
+    wanted: Tensor | None
+    error: float
+    power: float
 
 
 class _Finished(nn.Linear):
@@ -71,10 +87,20 @@ class CodedCompressor(Generic[Weight]):
         linears: the compressed linears of a block.
         tuning: block tuning; None leaves it out.
         seed: of the job.
+        ranks: which share out the rows of every group, or its linears where rows cannot be fitted apart.
     """
 
-    def __init__(self, method: Method[Weight], linears: Sequence[str], *, tuning: BlockTuningConfig | None, seed: int) -> None:
+    def __init__(
+        self,
+        method: Method[Weight],
+        linears: Sequence[str],
+        *,
+        tuning: BlockTuningConfig | None,
+        seed: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._method, self._linears, self._tuning, self._seed = method, linears, tuning, seed
+        self._ranks = ranks
         self._started = 0.0
         self._reports: dict[str, dict[str, object]] = {}
         self._stored: dict[str, Weight] = {}
@@ -93,32 +119,64 @@ class CodedCompressor(Generic[Weight]):
         self, index: int, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None
     ) -> Mapping[str, nn.Module]:
         """Fit the group; with tuning, linears under training take its places, else linears that compute what is stored."""
-        wanted = {name: linear.weight.detach().float() for name, linear in linears.items()}
-        if statistics is not None:
-            wanted = {name: statistics.corrected(matrix) for name, matrix in wanted.items()}
-        weights = self._method.fit(wanted, statistics)
-        hessian = None if statistics is None else statistics.hessian()
+        parts = self._ranks.exchange(self._fit_share(linears, statistics))
         modules: dict[str, nn.Module] = {}
         for name, linear in linears.items():
-            finished = _Finished(weights[name], linear.bias)
-            self._stored[name] = weights[name]
-            bits = self._method.stored_bits(weights[name])
+            mine = [part[name] for part in parts if name in part]
+            stored = self._joined([part.stored for part in mine])
+            finished = _Finished(stored, linear.bias)
+            self._stored[name] = stored
+            bits, power = self._method.stored_bits(stored), sum(part.power for part in mine)
             self._reports[name] = {
-                "relative_error": _relative_error(wanted[name], finished.weight, hessian),
+                "relative_error": sum(part.error for part in mine) / power if power else 0.0,
                 "bits_per_weight": sum(bits.values()) / finished.weight.numel(),
                 "bits": {**bits, "parameters": finished.weight.numel()},
             }
-            modules[name] = self._method.tunable(weights[name], wanted[name], linear.bias) if self.tunes else finished
+            modules[name] = finished
+            if self.tunes:
+                wanted = [part.wanted for part in mine if part.wanted is not None]
+                modules[name] = self._method.tunable(stored, torch.cat(wanted), linear.bias)
         return modules
+
+    def _fit_share(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None) -> dict[str, _Fitted[Weight]]:
+        """Fit what falls to this rank: a run of rows of every linear, or whole linears where rows cannot be fitted apart."""
+        ranks, together, spread = self._ranks, self._method.rows_together, WHOLE
+        shared = {name: slice(None) for name in linears}
+        splits = all(linear.out_features // together >= ranks.size for linear in linears.values())
+        if ranks.size > 1 and splits and self._method.join is not None:
+            spread = Spread(index=ranks.rank, count=ranks.size, sum_=ranks.sum_)
+            shared = {name: spread.run_of(linear.out_features, together) for name, linear in linears.items()}
+        elif ranks.size > 1:
+            owners = share_out({name: linear.weight.numel() for name, linear in linears.items()}, ranks.size)
+            shared = {name: rows for name, rows in shared.items() if owners[name] == ranks.rank}
+        wanted = {}
+        for name, rows in shared.items():
+            matrix = linears[name].weight.detach()[rows].float()
+            wanted[name] = matrix if statistics is None else statistics.corrected(matrix, rows)
+        stored = self._method.fit(wanted, statistics, spread) if wanted else {}
+        hessian = statistics.hessian() if wanted and statistics is not None else None
+        fitted = {}
+        for name, matrix in wanted.items():
+            total = linears[name].out_features
+            error, power = _output_errors(matrix, stored[name].dequantize(), hessian, max(1, total // _ERROR_ROWS))
+            kept = matrix if self.tunes else None
+            fitted[name] = _Fitted(stored=stored[name], wanted=kept, error=error, power=power)
+        return fitted
+
+    def _joined(self, parts: Sequence[Weight]) -> Weight:
+        if len(parts) == 1:
+            return parts[0]
+        assert self._method.join is not None, "without join, every linear is fitted by one rank"
+        return self._method.join(parts)
 
     def finish_block(self, index: int, block: nn.Module, data: BlockData | None) -> dict[str, object]:
         """Tune the block if that is asked for; returns its report."""
         report: dict[str, object] = {"index": index, "linears": self._reports}
         if data is not None and self._tuning is not None:
-            generator = keyed_generator(self._seed, self._method.name, index, "tuning")
+            generator = keyed_generator(self._seed, self._method.name, index, "tuning", *self._ranks.key)
             report["tuning"] = asdict(tune_rounding(index, block, data, self._tuning, generator))
             self._replace_tuned(block)
-            report["output_error"] = relative_output_error(block, index, *data.judged)
+            report["output_error"] = data.output_error(block, index)
         report["cpu_seconds"] = time.process_time() - self._started
         return report
 
@@ -146,11 +204,10 @@ class CodedCompressor(Generic[Weight]):
                 block.set_submodule(name, _Finished(self._stored[name], module.bias))
 
 
-def _relative_error(wanted: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
-    """Squared error of the outputs over their square, from a sample of rows: all of them would cost as much as a sweep."""
-    rows = slice(None, None, max(1, wanted.shape[0] // _ERROR_ROWS))
-    kept, difference = wanted[rows], (wanted - weight)[rows]
+def _output_errors(wanted: Tensor, weight: Tensor, hessian: Tensor | None, step: int) -> tuple[float, float]:
+    """Squared error of the outputs, and their square, from every so many rows: all would cost as much as a sweep."""
+    kept, difference = wanted[::step], (wanted - weight)[::step]
     error, power = (
         torch.sum((part if hessian is None else part @ hessian).double() * part).item() for part in (difference, kept)
     )
-    return error / power if power else 0.0
+    return error, power

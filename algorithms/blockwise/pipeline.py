@@ -63,6 +63,7 @@ class Pipeline(Generic[Weight]):
                 kind=self.calibrated_kind,
                 settings=config.shaping,
                 tokens=request if self.needs_text else None,
+                distributed=self.needs_text,
                 reuse_on_new_data=True,
                 version=self.version,
             ),
@@ -90,7 +91,9 @@ class Pipeline(Generic[Weight]):
     def _calibrate(self, context: StageContext, _artifact: Artifact) -> Artifact:
         config = self.config
         source = context.source.with_attention(config.attn_implementation)
-        compressor = CodedCompressor(self.method, source.architecture.linears, tuning=config.block_tuning, seed=config.seed)
+        compressor = CodedCompressor(
+            self.method, source.architecture.linears, tuning=config.block_tuning, seed=config.seed, ranks=context.ranks
+        )
         how = stages.Calibration(
             name=self.method.name,
             kind=self.calibrated_kind,

@@ -52,11 +52,14 @@ class Calibration:
 def calibrate(context: StageContext, source: ModelSource, compressor: BlockCompressor, how: Calibration) -> Artifact:
     """Compress every block in order; finished blocks in the output folder are taken as they are. No tokens, no use of data.
 
+    Ranks share out the sequences, and with them the forwards, the statistics and the tuning; rank 0 writes.
+
     Leaves ``<block>.safetensors`` and ``<block>.json`` for every block, ``not_quantized_weights.safetensors``, the original
     config.json and tokenizer files, and calibration.json with ``facts`` and the report of every block.
     """
-    directory = context.output_dir
-    _write_outside(source, directory)
+    directory, ranks = context.output_dir, context.ranks
+    if ranks.is_main:
+        _write_outside(source, directory)
     reports: list[Mapping[str, object]] = []
     with context.progress(f"{how.name} calibration", source.num_blocks) as advance:
 
@@ -73,9 +76,14 @@ def calibrate(context: StageContext, source: ModelSource, compressor: BlockCompr
             sequential=how.sequential,
             device=context.device,
             on_block=_on_block,
+            ranks=ranks,
         )
-    atomic_write_json(directory / "calibration.json", {**how.facts(reports), "blocks": reports})
-    return Artifact(kind=how.kind, directory=directory, digest=folder_digest(directory))
+    digest = ""
+    if ranks.is_main:
+        atomic_write_json(directory / "calibration.json", {**how.facts(reports), "blocks": reports})
+        digest = folder_digest(directory)
+    ranks.meet()
+    return Artifact(kind=how.kind, directory=directory, digest=ranks.from_main(digest))
 
 
 def facts(calibrated: Path) -> Mapping[str, Any]:
@@ -132,7 +140,7 @@ def _streams(context: StageContext, source: ModelSource, how: Calibration) -> St
     followed, others = _spread(context.tokens, how.reference_sequences)
     reference, rest, validation = embed(
         source,
-        (followed, others, context.validation_tokens),
+        [context.ranks.mine(sequences) for sequences in (followed, others, context.validation_tokens)],
         batch_size=max(1, _TOKENS_PER_BATCH // how.sequence_length),
         device=context.device,
         offload=how.offload,

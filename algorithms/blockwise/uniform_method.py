@@ -14,10 +14,11 @@ from algorithms.blockwise.pipeline import Pipeline
 from algorithms.blockwise.uniform_exports import Setting, exporters, read_export
 from algorithms.finetuning.learned_rounding import RoundingLinear
 from algorithms.formats import uniform
+from algorithms.numerics.spread import Spread
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.numerics.uniform import UniformCodes, stored_scales
 
-Fit = Callable[[Mapping[str, Tensor], InputStatistics | None], Mapping[str, UniformCodes]]
+Fit = Callable[[Mapping[str, Tensor], InputStatistics | None, Spread], Mapping[str, UniformCodes]]
 
 
 def uniform_pipeline(
@@ -32,6 +33,7 @@ def uniform_pipeline(
         stored_bits=uniform.stored_bits,
         tunable=tunable,
         tuned=tuned,
+        join=UniformCodes.joined,
     )
     return Pipeline(
         config=config,

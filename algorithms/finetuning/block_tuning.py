@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from algorithms.finetuning.tunable import TunableLinear
 from algorithms.modeling.block_loop import BlockData
+from algorithms.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +61,20 @@ def tune_block(
 ) -> TuningReport:
     """Minimise the mean squared error of the block's outputs over ``parameters``, given as (tensor, learning rate).
 
+    The ranks of ``data`` compute a share of every step each, from their own sequences in their own ``generator``'s order, and
+    take the same steps with the sum of their gradients; all that is decided is decided on sums.
+
     With validation sequences the best epoch is restored at the end, the untouched start included. A loss that is not finite
     puts the block back to its best state, or to its start: it never ends the job.
 
     Returns:
         Losses by epoch; the block is changed in place and left without gradients.
     """
+    data.ranks.meet()
     tensors = [parameter for parameter, _ in parameters]
     optimizer = torch.optim.Adam([{"params": [p], "lr": rate, "peak": rate} for p, rate in parameters], betas=settings.betas)
     report = TuningReport()
-    has_validation = data.validation_inputs.num_sequences > 0
+    has_validation = data.has_validation()
     best, best_loss = _snapshot(tensors), math.inf
     if has_validation:
         best_loss = _validation_loss(index, block, data)
@@ -79,7 +84,8 @@ def tune_block(
     for parameter in tensors:
         parameter.requires_grad_(True)
     for epoch in range(settings.max_epochs):
-        loss = _run_epoch(examples, optimizer, first_step=epoch * examples.steps_per_epoch, steps=steps, generator=generator)
+        first_step = epoch * examples.steps_per_epoch
+        loss = _run_epoch(examples, optimizer, tensors, first_step=first_step, steps=steps, generator=generator)
         report.training_losses.append(loss)
         validation = _validation_loss(index, block, data) if has_validation else loss
         if not (math.isfinite(loss) and math.isfinite(validation)):
@@ -102,31 +108,38 @@ def tune_block(
 
 
 class _Examples:
-    """The training sequences of one block, addressed singly."""
+    """The training sequences of one block, addressed singly: this rank's own, of batches that all ranks make up."""
 
     def __init__(self, index: int, block: nn.Module, data: BlockData, settings: TuningSettings) -> None:
         self._index = index
         self._block = block
         self._data = data
         self._settings = settings
+        self.ranks = data.ranks
         self._places = [(b, row) for b, batch in enumerate(data.inputs.batches) for row in range(batch.shape[0])]
-        self.batch_size = min(settings.batch_size, len(self._places))
+        # The ranks' sequences take turns; where their numbers differ by more than one, the ends of some turns stay empty.
+        last = (len(self._places) - 1) * self.ranks.size + self.ranks.rank
+        self._num_turns = max(self.ranks.gather(last)) + 1
+        self.batch_size = min(settings.batch_size, self._num_turns)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass; a last, smaller batch counts."""
-        return math.ceil(len(self._places) / self.batch_size)
+        return math.ceil(self._num_turns / self.batch_size)
 
-    def shuffled(self, generator: torch.Generator) -> Iterator[list[tuple[int, int]]]:
-        """Batches of places in a fresh random order, each sequence once."""
+    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[list[tuple[int, int]], int]]:
+        """This rank's places of each batch, each sequence once in a fresh random order, and the elements of the whole batch."""
         order = torch.randperm(len(self._places), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            yield [self._places[i] for i in order[start : start + self.batch_size]]
+        batches: list[list[tuple[int, int]]] = [[] for _ in range(self.steps_per_epoch)]
+        for turn, place in enumerate(order):
+            batches[(turn * self.ranks.size + self.ranks.rank) // self.batch_size].append(self._places[place])
+        targets = self._data.targets.batches
+        elements = [sum(targets[b][row].numel() for b, row in places) for places in batches]
+        yield from zip(batches, map(int, self.ranks.sum_numbers(*elements)), strict=True)
 
-    def backward(self, places: Sequence[tuple[int, int]]) -> float:
-        """Accumulate the gradient of the batch's mean squared error over its micro-batches; returns that error."""
+    def backward(self, places: Sequence[tuple[int, int]], elements: int) -> float:
+        """Accumulate this rank's part of the gradient of a batch's mean squared error; returns its part of that error."""
         inputs, targets = self._data.inputs, self._data.targets
-        elements = sum(targets.batches[b][row].numel() for b, row in places)
         total = 0.0
         for micro in _equal_lengths(places, inputs.batches, self._settings.micro_batch_size):
             hidden = inputs.compute(torch.stack([inputs.batches[b][row] for b, row in micro]))
@@ -150,20 +163,40 @@ class _Examples:
 
 
 def _run_epoch(
-    examples: _Examples, optimizer: torch.optim.Optimizer, *, first_step: int, steps: int, generator: torch.Generator
+    examples: _Examples,
+    optimizer: torch.optim.Optimizer,
+    tensors: Sequence[nn.Parameter],
+    *,
+    first_step: int,
+    steps: int,
+    generator: torch.Generator,
 ) -> float:
     losses = []
-    for step, places in enumerate(examples.shuffled(generator), start=first_step):
+    for step, (places, elements) in enumerate(examples.shuffled(generator), start=first_step):
         factor = min(1.0, (step + 1) / _WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for settings in optimizer.param_groups:
             settings["lr"] = settings["peak"] * factor
         optimizer.zero_grad()
         with examples.step_context():
-            losses.append(examples.backward(places))
+            part = examples.backward(places, elements)
+        losses.append(_add_up(part, tensors, examples.ranks))
         if not math.isfinite(losses[-1]):
             return math.nan
         optimizer.step()
     return sum(losses) / len(losses)
+
+
+def _add_up(loss: float, tensors: Sequence[nn.Parameter], ranks: Ranks) -> float:
+    """Give every rank the sum of all gradients, in one message, and of the losses, which it returns."""
+    if ranks.size == 1:
+        return loss
+    gradients = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
+    flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), gradients[0].new_tensor([loss])])
+    ranks.sum_(flat)
+    *summed, total = flat.split([*(tensor.numel() for tensor in tensors), 1])
+    for tensor, gradient in zip(tensors, summed, strict=True):
+        tensor.grad = gradient.view_as(tensor)
+    return total.item()
 
 
 @torch.no_grad()
@@ -177,7 +210,9 @@ def _validation_loss(index: int, block: nn.Module, data: BlockData) -> float:
             output = data.inputs.arguments.run(block, index, batch)
             total += F.mse_loss(output.float(), target.float(), reduction="sum").item()
             elements += target.numel()
-    return total / elements
+    data.ranks.meet()
+    total, num_elements = data.ranks.sum_numbers(total, elements)
+    return total / num_elements
 
 
 def _equal_lengths(places: Sequence[tuple[int, int]], batches: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, int]]]:

@@ -104,11 +104,10 @@ def tune_rounding(
     index: int, block: nn.Module, data: BlockData, config: BlockTuningConfig, generator: torch.Generator
 ) -> TuningReport:
     """Tune a block whose linears are :class:`RoundingLinear`; see :func:`algorithms.finetuning.block_tuning.tune_block`."""
-    sequence_length = data.inputs.batches[0].shape[1]
     settings = TuningSettings(
         max_epochs=config.max_epochs,
         batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size or max(1, _TUNING_TOKENS // sequence_length),
+        micro_batch_size=config.micro_batch_size or max(1, _TUNING_TOKENS // data.sequence_length),
         early_stop=config.early_stop,
         keep_best=config.keep_best,
         recompute=config.use_checkpointing,

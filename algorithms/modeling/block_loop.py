@@ -21,25 +21,38 @@ from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.group_walk import GroupWalk, linear_at
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.statistics import InputStatistics
+from algorithms.parallel.ranks import ALONE, Ranks, moved
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockData:
-    """What a compressor sees of one block's data: inputs from the compressed prefix and the outputs to reproduce."""
+    """What a compressor sees of one block's data: inputs from the compressed prefix and the outputs to reproduce.
+
+    Each of the ``ranks`` has its own part of the sequences, which may be none.
+    """
 
     inputs: Activations
     targets: Activations
     validation_inputs: Activations
     validation_targets: Activations
+    ranks: Ranks = ALONE
 
     @property
-    def judged(self) -> tuple[Activations, Activations]:
-        """Inputs and targets that a block's error is reported on: those held out where there are any, else all."""
-        if self.validation_inputs.num_sequences > 0:
-            return self.validation_inputs, self.validation_targets
-        return self.inputs, self.targets
+    def sequence_length(self) -> int:
+        """Tokens of the first training sequence that this rank has; 1 where it has none."""
+        return self.inputs.batches[0].shape[1] if self.inputs.batches else 1
+
+    def has_validation(self) -> bool:
+        """Whether sequences are held out, on whichever rank; all ranks ask at the same time."""
+        return self.ranks.sum_numbers(self.validation_inputs.num_sequences)[0] > 0
+
+    def output_error(self, block: nn.Module, index: int) -> float:
+        """See :func:`relative_output_error`: of the sequences held out where there are any, else of all."""
+        if self.has_validation():
+            return relative_output_error(block, index, self.validation_inputs, self.validation_targets, self.ranks)
+        return relative_output_error(block, index, self.inputs, self.targets, self.ranks)
 
 
 class BlockCompressor(Protocol):
@@ -73,7 +86,7 @@ class BlockCompressor(Protocol):
         ...
 
     def restore_block(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Give an original block the values that ``freeze_block`` stored."""
+        """Give a block, original or frozen, the values that ``freeze_block`` stored."""
         ...
 
 
@@ -110,28 +123,58 @@ def compress_blockwise(
     sequential: bool,
     device: torch.device,
     on_block: Callable[[int, Mapping[str, object]], None],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Compress every block that ``store`` does not hold yet, in order, and store it.
 
     ``sequential`` gathers each input group's statistics after the earlier groups of the same block were replaced, which a
-    reference implies. Without ``streams`` no data is used at all. ``on_block`` hears of each block with its report.
+    reference implies. Without ``streams`` no data is used at all. ``on_block`` hears of each block with its report. Of several
+    ``ranks``, whose streams are parts of the same text, rank 0 alone reads and writes the store.
     """
     last = source.num_blocks - 1
+    blocks = _SharedStore(store, ranks, device)
     for index in range(source.num_blocks):
-        block, stored = source.load_block(index, device=device), store.load(index)
+        block, stored = source.load_block(index, device=device), blocks.load(index)
         if stored is not None:
             tensors, report = stored
             if streams is not None and index < last:
                 streams.advance_reference(block, index)
-                compressor.restore_block(block, {name: tensor.to(device) for name, tensor in tensors.items()})
+                compressor.restore_block(block, moved(tensors, device))
                 streams.advance(block, index)
         elif streams is None:
-            report = _compress_without_data(source.architecture, compressor, block, index, store)
+            report = _compress_without_data(source.architecture, compressor, block, index, blocks)
         else:
             in_order = sequential or streams.reference is not None
-            step = _BlockStep(source.architecture, compressor, streams, index, index == last, in_order)
-            report = step.compress(block, store)
+            step = _BlockStep(source.architecture, compressor, streams, index, index == last, in_order, ranks)
+            report = step.compress(block, blocks)
         on_block(index, report)
+
+
+class _SharedStore:
+    """The block store of all ranks: rank 0 reads and writes it, the others get from it what they would have read."""
+
+    def __init__(self, store: BlockStore, ranks: Ranks, device: torch.device) -> None:
+        self._store, self._ranks, self._device = store, ranks, device
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+        """See :meth:`algorithms.modeling.block_store.BlockStore.load`."""
+        stored = self._store.load(index) if self._ranks.is_main else None
+        self._ranks.meet()
+        return self._ranks.from_main(stored)
+
+    def freeze(
+        self, compressor: BlockCompressor, index: int, block: nn.Module, report: dict[str, object]
+    ) -> Mapping[str, object]:
+        """Store a finished block. All ranks go on with rank 0's values and report: machines that round differently agree."""
+        tensors = compressor.freeze_block(block)
+        if self._ranks.is_main:
+            self._store.save(index, tensors, report)
+        if self._ranks.size > 1:
+            self._ranks.meet()
+            tensors, report = self._ranks.from_main((moved(tensors, torch.device("cpu")), report))
+            if not self._ranks.is_main:
+                compressor.restore_block(block, moved(tensors, self._device))
+        return report
 
 
 @dataclass(frozen=True)
@@ -144,15 +187,16 @@ class _BlockStep:
     index: int
     is_last: bool
     in_order: bool
+    ranks: Ranks
 
-    def compress(self, block: nn.Module, store: BlockStore) -> Mapping[str, object]:
+    def compress(self, block: nn.Module, store: _SharedStore) -> Mapping[str, object]:
         """Compress and store the block, and let the streams pass it; returns its report."""
         original = copy.deepcopy(block)
         self.compressor.prepare_block(self.index, block)
         figures = self._compress_all(block, original)
         data = self._data(original) if self.compressor.tunes else None
         report = {**self.compressor.finish_block(self.index, block, data), **figures}
-        store.save(self.index, self.compressor.freeze_block(block), report)
+        report = store.freeze(self.compressor, self.index, block, report)
         if not self.is_last:
             if self.compressor.tunes or not self.in_order:
                 self.streams.training.advance(block, self.index)
@@ -171,6 +215,7 @@ class _BlockStep:
             original=original,
             current=training.copy(),
             reference=None if reference is None else reference.copy(),
+            ranks=self.ranks,
         )
         groups = self.architecture.input_groups
         with walk:
@@ -184,7 +229,7 @@ class _BlockStep:
                     reference.take(place, output)
                 held_out.advance(original, self.index)
             takes_outputs = self.in_order and not self.compressor.tunes and not (self.is_last and reference is None)
-            return _take_outputs(walk, training, reference) if takes_outputs else {}
+            return _take_outputs(walk, training, reference, self.ranks) if takes_outputs else {}
 
     def _compressed(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics) -> Mapping[str, nn.Module]:
         if statistics.num_skipped:
@@ -205,23 +250,22 @@ class _BlockStep:
             targets=targets,
             validation_inputs=streams.validation,
             validation_targets=validation_targets,
+            ranks=self.ranks,
         )
 
 
 def _compress_without_data(
-    architecture: ModelArchitecture, compressor: BlockCompressor, block: nn.Module, index: int, store: BlockStore
+    architecture: ModelArchitecture, compressor: BlockCompressor, block: nn.Module, index: int, store: _SharedStore
 ) -> Mapping[str, object]:
     compressor.prepare_block(index, block)
     for group in architecture.input_groups:
         linears = {name: linear_at(block, name) for name in group}
         for name, module in compressor.compress_group(index, linears, None).items():
             block.set_submodule(name, module)
-    report = compressor.finish_block(index, block, None)
-    store.save(index, compressor.freeze_block(block), report)
-    return report
+    return store.freeze(compressor, index, block, compressor.finish_block(index, block, None))
 
 
-def _take_outputs(walk: GroupWalk, training: Activations, reference: Activations | None) -> dict[str, object]:
+def _take_outputs(walk: GroupWalk, training: Activations, reference: Activations | None, ranks: Ranks) -> dict[str, object]:
     """Pass the block; with a reference, returns how far from it the outputs are."""
     error = power = 0.0
     for place, output in enumerate(walk.outputs()):
@@ -230,15 +274,23 @@ def _take_outputs(walk: GroupWalk, training: Activations, reference: Activations
             target = reference.compute(reference.batches[place])
             error += torch.sum((output - target).square(), dtype=torch.float64).item()
             power += torch.sum(target.square(), dtype=torch.float64).item()
-    return {} if reference is None else {"output_error": error / power if power else 0.0}
+    return {} if reference is None else {"output_error": _summed_ratio(error, power, ranks)}
 
 
 @torch.no_grad()
-def relative_output_error(block: nn.Module, index: int, inputs: Activations, targets: Activations) -> float:
-    """Mean squared error of the block's outputs over the mean square of the targets."""
+def relative_output_error(
+    block: nn.Module, index: int, inputs: Activations, targets: Activations, ranks: Ranks = ALONE
+) -> float:
+    """Mean squared error of the block's outputs over the mean square of the targets, over the sequences of all ranks."""
     error = power = 0.0
     for batch, target in zip(inputs, targets, strict=True):
         output = inputs.arguments.run(block, index, batch).float()
         error += torch.sum((output - target.float()).square(), dtype=torch.float64).item()
         power += torch.sum(target.float().square(), dtype=torch.float64).item()
+    return _summed_ratio(error, power, ranks)
+
+
+def _summed_ratio(error: float, power: float, ranks: Ranks) -> float:
+    ranks.meet()
+    error, power = ranks.sum_numbers(error, power)
     return error / power if power else 0.0

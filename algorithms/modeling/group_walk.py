@@ -15,6 +15,7 @@ from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.lockstep import BlockWalk
 from algorithms.numerics.statistics import InputStatistics
+from algorithms.parallel.ranks import ALONE, Ranks
 
 
 def linear_at(block: nn.Module, name: str) -> nn.Linear:
@@ -41,6 +42,7 @@ class GroupWalk:
         original: a copy of the block that stays as it is.
         current: hidden states of the compressed prefix.
         reference: those of the original model for the same tokens, for the first batches at least; or None.
+        ranks: which walk the same block, each with its own part of the tokens.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class GroupWalk:
         original: nn.Module,
         current: Activations,
         reference: Activations | None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         leaders = [group[0] for group in architecture.input_groups]
         writers = [name for name in leaders if name in architecture.residual_writers]
         self._writers = () if reference is None else writers
@@ -73,7 +77,7 @@ class GroupWalk:
         self._exits.__exit__(kind, error, trace)
 
     def statistics(self, group: Sequence[str]) -> InputStatistics:
-        """Statistics of the next group's input; the groups are asked for in their order."""
+        """Statistics of the next group's input over the tokens of all ranks; the groups are asked for in their order."""
         linear = self.linear(group[0])
         corrects = group[0] in self._writers
         statistics = InputStatistics(
@@ -84,6 +88,8 @@ class GroupWalk:
         for inputs, outputs in zip_longest(self._walk.next_stop(), wanted):
             statistics.update(inputs, outputs)
         self._is_behind_writer = corrects
+        self._ranks.meet()
+        statistics.add_up(self._ranks.sum_)
         return statistics
 
     def linear(self, name: str) -> nn.Linear:

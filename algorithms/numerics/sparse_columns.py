@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from algorithms.numerics.sparse_quantized import Outliers, SparseQuantized, Statistics
+from algorithms.numerics.spread import WHOLE, Spread
 from algorithms.numerics.two_level import LARGEST_ZERO, join_groups, quantize_statistics
 from algorithms.numerics.uniform import SMALLEST_SCALE, stored_scales, whole_zero_grid
 
@@ -61,14 +62,25 @@ class SparseSettings:
         return scales, -low / scales
 
 
-def saliency_scale(columns: Tensor, pivots: Tensor) -> Tensor:
+def saliency_scale(columns: Tensor, pivots: Tensor, spread: Spread = WHOLE) -> Tensor:
     """What thresholds are relative to: the mean over columns of their variance over rows, divided by d_j^2.
 
     Args:
         columns: [I, O].
         pivots: d_j, [I].
+        spread: over processes, of the rows.
     """
-    return (columns.var(1) / pivots.square()).mean()
+    return (_variance(columns, spread) / pivots.square()).mean()
+
+
+def _variance(columns: Tensor, spread: Spread) -> Tensor:
+    if spread.count == 1:
+        return columns.var(1)
+    sums, count = columns.sum(1), columns.new_tensor(columns.shape[1])
+    spread.sum_(sums, count)
+    squares = (columns - (sums / count)[:, None]).square().sum(1)
+    spread.sum_(squares)
+    return squares / (count - 1)
 
 
 def leave_one_out_gain(columns: Tensor, pivots: Tensor, settings: SparseSettings) -> Tensor:

@@ -8,7 +8,8 @@ output rows, R = ceil(O/r) runs; columns stand in the order of the sweep.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +38,22 @@ class Statistics:
         rows = self.codes.shape[0]
         scales, zeros = (self._by_row(runs, rows) for runs in (self.run_scales, self.run_zeros))
         return scales * (self.codes.float() - zeros)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Statistics]) -> Statistics:
+        """Those of the rows of all parts, one part after another.
+
+        Runs of every part but the last are whole. A part whose rows are all of one run has one for any number of rows; where
+        runs have a length of their own, no part but the last has just one.
+        """
+        first = parts[0]
+        if first.codes is None:
+            return replace(first, values=_stacked([part.values for part in parts]))
+        codes = _stacked([part.codes for part in parts])
+        if first.run == first.codes.shape[0]:
+            return replace(first, codes=codes, run=codes.shape[0])
+        scales, zeros = (_stacked([getattr(part, name) for part in parts]) for name in ("run_scales", "run_zeros"))
+        return replace(first, codes=codes, run_scales=scales, run_zeros=zeros)
 
     def _by_row(self, runs: Tensor | None, rows: int) -> Tensor:
         assert runs is not None
@@ -67,6 +84,14 @@ class Outliers:
         offsets[1:] = mask.sum(1).cumsum(0)
         return cls(offsets=offsets, columns=mask.nonzero()[:, 1].to(torch.int32), values=values[mask])
 
+    @classmethod
+    def joined(cls, parts: Sequence[Outliers]) -> Outliers:
+        """Those of the rows of all parts, one part after another."""
+        counts = torch.cat([part.offsets.diff() for part in parts])
+        offsets = torch.cat([parts[0].offsets[:1], counts.cumsum(0, dtype=torch.int32)])
+        columns, values = (_stacked([getattr(part, name) for part in parts]) for name in ("columns", "values"))
+        return cls(offsets=offsets, columns=columns, values=values)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparseQuantized:
@@ -89,6 +114,17 @@ class SparseQuantized:
         assert scales is not None
         return self.codes.shape[1] // scales.shape[1]
 
+    @classmethod
+    def joined(cls, parts: Sequence[SparseQuantized]) -> SparseQuantized:
+        """The matrix of the rows of all parts, one part after another; see :meth:`Statistics.joined`."""
+        return replace(
+            parts[0],
+            codes=torch.cat([part.codes for part in parts]),
+            scales=Statistics.joined([part.scales for part in parts]),
+            zeros=Statistics.joined([part.zeros for part in parts]),
+            outliers=Outliers.joined([part.outliers for part in parts]),
+        )
+
     def dequantize(self) -> Tensor:
         """The matrix [O, I] in float32, columns in model order."""
         O, I = self.codes.shape
@@ -100,3 +136,7 @@ class SparseQuantized:
         matrix = torch.empty_like(dense)
         matrix[:, self.order.long()] = dense
         return matrix
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor:
+    return torch.cat([part for part in parts if part is not None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,16 +51,21 @@ class InputStatistics:
             self.num_corrected += rows.shape[0]
         self.num_tokens += rows.shape[0]
 
-    def merge(self, other: InputStatistics) -> None:
-        """Add what another process or batch has gathered."""
-        self._sum += other._sum
-        if other._unwanted is not None:
-            self._unwanted = other._unwanted if self._unwanted is None else self._unwanted + other._unwanted
-        if self._wanted is not None and other._wanted is not None:
-            self._wanted += other._wanted
-        self.num_tokens += other.num_tokens
-        self.num_corrected += other.num_corrected
-        self.num_skipped += other.num_skipped
+    def add_up(self, sum_: Callable[[Tensor], None]) -> None:
+        """Put the sum of what all processes have gathered in the place of what this one has.
+
+        Args:
+            sum_: replaces a tensor by its sum over the processes, each of which calls this.
+        """
+        numbers = [self.num_tokens, self.num_corrected, self.num_skipped, int(self._unwanted is not None)]
+        counts = torch.tensor(numbers, device=self._sum.device)
+        sum_(counts)
+        self.num_tokens, self.num_corrected, self.num_skipped, num_unwanted = counts.tolist()
+        if num_unwanted and self._unwanted is None:
+            self._unwanted = torch.zeros_like(self._sum)
+        for total in (self._sum, self._wanted, self._unwanted):
+            if total is not None:
+                sum_(total)
 
     def _total_for(self, outputs: Tensor | None) -> Tensor:
         """The sum that a batch belongs to."""
@@ -82,14 +89,15 @@ class InputStatistics:
         total = self._sum if self._unwanted is None else self._sum + self._unwanted
         return (total / self.num_tokens).float()
 
-    def corrected(self, matrix: Tensor) -> Tensor:
+    def corrected(self, matrix: Tensor, rows: slice = slice(None)) -> Tensor:
         """The weight that best gives the wanted outputs t from their inputs x; ``matrix`` itself where none were gathered.
 
         It minimises E|V x - t|^2 plus a small ridge around W: V = W + (E[t x^T] - W H) (H + ridge)^-1. Without the ridge,
         E|V' x - t|^2 = <(V' - V) H, V' - V> + const, so compressing V under H makes up for errors made before this layer.
 
         Args:
-            matrix: W, [out_features, in_features].
+            matrix: W, [out_features, in_features], or some of its rows.
+            rows: which these are.
         """
         if self._wanted is None or self.num_corrected == 0:
             return matrix
@@ -99,7 +107,7 @@ class InputStatistics:
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             return matrix  # no correction can be computed: none is made
-        drift = (self._wanted - matrix.double() @ self._sum).T
+        drift = (self._wanted[rows] - matrix.double() @ self._sum).T
         return matrix + torch.cholesky_solve(drift, factor).T.to(matrix.dtype)
 
 

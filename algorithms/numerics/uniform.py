@@ -7,6 +7,7 @@ Legend: O out_features, I in_features, G groups a row, g columns a group; b bits
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,12 @@ class UniformCodes:
     def rows(self, start: int, stop: int) -> UniformCodes:
         """The codes of some output rows."""
         return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], zeros=self.zeros[start:stop])
+
+    @classmethod
+    def joined(cls, parts: Sequence[UniformCodes]) -> UniformCodes:
+        """The codes whose rows are those of the parts, one part after another; the inverse of ``rows``."""
+        names = ("codes", "scales", "zeros")
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def fit_grid(columns: Tensor, weights: Tensor, *, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_FIRST_NAP, _LONGEST_NAP = 0.001, 0.05  # seconds between two looks at who has arrived
+_FIRST_NAP, _LONGEST_NAP = 0.0005, 0.05  # seconds between two looks at who has arrived
+_NAP_SHARE = 1 / 16  # of the time waited so far: nobody oversleeps by more
+_FEW = 1 << 16  # elements of several tensors that travel in one message: its latency costs more than its length
 
 
 class Ranks:
@@ -42,11 +45,23 @@ class Ranks:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What keys randomness in which ranks should differ: nothing for rank 0, which draws what a process alone does."""
+        return (self.rank,) if self.rank else ()
+
     def sum_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all ranks; every rank sees the same bits."""
-        if self.group is not None:
+        """Replace each tensor by its sum over all ranks; every rank sees the same bits. Whole numbers stay below 2^53."""
+        if self.group is None:
+            return
+        if len(tensors) == 1 or sum(tensor.numel() for tensor in tensors) > _FEW:
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self.group)
+            return
+        together = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+        dist.all_reduce(together, group=self.group)
+        for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def scatter_sum(self, matrix: Tensor, rows: int) -> Tensor:
         """This rank's rows of the sum of all ranks' matrices [n, m]: those from rank * rows on, at most ``rows``."""
@@ -71,6 +86,13 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def exchange(self, value: T) -> list[T]:
+        """Every rank's value after work of unequal length, in the order of ranks, with its tensors on this rank's device."""
+        if self.group is None:
+            return [value]
+        self.meet()
+        return [moved(other, self.device) for other in self.gather(moved(value, torch.device("cpu")))]
+
     def from_main(self, value: T) -> T:
         """Rank 0's value. Tensors inside have to be on the CPU."""
         if self.group is None:
@@ -93,11 +115,10 @@ class Ranks:
         if self.group is None:
             return
         assert self._store is not None, "a group comes with its store"
-        key, nap = f"meeting/{self._meetings}", _FIRST_NAP
+        key, came = f"meeting/{self._meetings}", time.monotonic()
         arrived = self._store.add(key, 1)
         while arrived < self.size:
-            time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP)
+            time.sleep(min(max(_FIRST_NAP, _NAP_SHARE * (time.monotonic() - came)), _LONGEST_NAP))
             arrived = self._store.add(key, 0)
 
     @property
@@ -107,6 +128,19 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def moved(value: T, device: torch.device) -> T:
+    """The value with every tensor in it on ``device``; looks into mappings, lists, tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, Mapping):
+        return {name: moved(part, device) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(part, device) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
 
 
 def share_out(sizes: Mapping[str, int], count: int) -> Mapping[str, int]:

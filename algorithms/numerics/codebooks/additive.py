@@ -7,6 +7,7 @@ Legend: O out_features, I in_features; a group is an og x ig tile; no = O/og, ni
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +45,14 @@ class AdditiveCodes:
     def replace(self, **changes: Tensor) -> AdditiveCodes:
         """A copy with some of its tensors exchanged."""
         return replace(self, **changes)
+
+    @classmethod
+    def joined(cls, parts: Sequence[AdditiveCodes]) -> AdditiveCodes:
+        """The matrix whose rows are those of the parts, one after another; they have the same codebooks."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("codes", "scales")
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def group(matrix: Tensor, group_shape: tuple[int, int]) -> Tensor:

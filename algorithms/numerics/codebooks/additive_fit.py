@@ -12,6 +12,7 @@ from algorithms.numerics.codebooks.additive import AdditiveCodes, group
 from algorithms.numerics.codebooks.code_search import beam_search, coordinate_descent
 from algorithms.numerics.codebooks.codebook_fit import solve_codebooks, solve_scales
 from algorithms.numerics.codebooks.kmeans import residual_kmeans
+from algorithms.numerics.spread import WHOLE, Spread
 
 _SMALLEST_SCALE = 1e-9
 # With this many groups a codeword, the codebooks of a sample cost less than 0.5 % of the loss and a fraction of the time.
@@ -39,13 +40,18 @@ class AdditiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AdditiveFit:
-    """A fitted matrix and its losses <dW H, dW>, after initialisation and after each continuous step."""
+    """A fitted matrix and its losses <dW H, dW>, after initialisation and after each continuous step.
+
+    Of a matrix spread over processes, codes and scales are those of the process's rows, losses those of all rows.
+    """
 
     weight: AdditiveCodes
     losses: Sequence[float]
 
 
-def fit_additive(matrix: Tensor, hessian: Tensor, settings: AdditiveSettings, generator: torch.Generator) -> AdditiveFit:
+def fit_additive(
+    matrix: Tensor, hessian: Tensor, settings: AdditiveSettings, generator: torch.Generator, spread: Spread = WHOLE
+) -> AdditiveFit:
     """Minimise <dW H, dW> over codes, codebooks and scales (AQLM, arXiv 2401.06118, section 3; spec of the objective).
 
     Each round solves the codebooks (conjugate gradients), the scales (closed form) and then searches the codes given both.
@@ -55,14 +61,15 @@ def fit_additive(matrix: Tensor, hessian: Tensor, settings: AdditiveSettings, ge
         hessian: H, [I, I] float32, symmetric and positive semidefinite; dead inputs (zero rows) are allowed.
         settings: sizes and limits.
         generator: decides k-means' starting points and the order of the search.
+        spread: over processes, of the rows of W; each process has one output group at least.
 
     Raises:
         ValueError: a Hessian with NaN or infinity.
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian of this layer holds NaN or infinity: its inputs are too large for float32")
-    weight = initial_codes(matrix, settings, generator)
-    problem = _Problem(matrix, hessian, settings, generator)
+    weight = initial_codes(matrix, settings, generator, spread)
+    problem = _Problem(matrix, hessian, settings, generator, spread)
     error = (matrix - weight.dequantize()) @ hessian
     losses = [problem.loss(weight, error)]
     for _ in range(settings.max_rounds):
@@ -79,14 +86,18 @@ def fit_additive(matrix: Tensor, hessian: Tensor, settings: AdditiveSettings, ge
 class _Problem:
     """One matrix and its Hessian, with W H computed once."""
 
-    def __init__(self, matrix: Tensor, hessian: Tensor, settings: AdditiveSettings, generator: torch.Generator) -> None:
+    def __init__(
+        self, matrix: Tensor, hessian: Tensor, settings: AdditiveSettings, generator: torch.Generator, spread: Spread
+    ) -> None:
         self._matrix = matrix
         self._hessian = hessian
         self._smoothed = matrix @ hessian
         self._settings = settings
         self._generator = generator
+        self._spread = spread
         og, ig = settings.group_shape
-        self._no, ni = matrix.shape[0] // og, matrix.shape[1] // ig
+        ni = matrix.shape[1] // ig
+        self._first, self._no = spread.number(matrix[::og])
         self._sample = -(-_GROUPS_PER_CODEWORD * settings.num_codewords // ni)
 
     def continuous_step(self, weight: AdditiveCodes, error: Tensor, *, on_sample: bool) -> tuple[AdditiveCodes, Tensor]:
@@ -99,7 +110,7 @@ class _Problem:
             weight = weight.replace(codebooks=self._solve_on_sample(weight, error))
             error = (self._matrix - weight.dequantize()) @ self._hessian
         else:
-            codebooks, error = solve_codebooks(weight, error, self._hessian, iterations=iterations)
+            codebooks, error = solve_codebooks(weight, error, self._hessian, iterations=iterations, spread=self._spread)
             weight = weight.replace(codebooks=codebooks)
         scales, error = solve_scales(weight, self._matrix, self._smoothed, error)
         return weight.replace(scales=scales), error
@@ -113,18 +124,24 @@ class _Problem:
 
     def loss(self, weight: AdditiveCodes, error: Tensor) -> float:
         """<dW H, dW> from E = dW H."""
-        return torch.sum(error.double() * (self._matrix - weight.dequantize()).double()).item()
+        total = torch.sum(error.double() * (self._matrix - weight.dequantize()).double())
+        self._spread.sum_(total)
+        return total.item()
 
     def _solve_on_sample(self, weight: AdditiveCodes, error: Tensor) -> Tensor:
         og = self._settings.group_shape[0]
-        chosen = torch.randperm(self._no, generator=self._generator)[: self._sample].to(error.device)
+        chosen = torch.randperm(self._no, generator=self._generator)[: self._sample]
+        chosen = self._spread.own(chosen, weight.scales, self._first)
         part = weight.replace(codes=weight.codes[chosen], scales=weight.scales[chosen])
-        rows = error.view(self._no, og, -1)[chosen].flatten(0, 1)
-        codebooks, _ = solve_codebooks(part, rows, self._hessian, iterations=self._settings.solver_iterations)
+        rows = error.view(weight.scales.shape[0], og, -1)[chosen].flatten(0, 1)
+        iterations = self._settings.solver_iterations
+        codebooks, _ = solve_codebooks(part, rows, self._hessian, iterations=iterations, spread=self._spread)
         return codebooks
 
 
-def initial_codes(matrix: Tensor, settings: AdditiveSettings, generator: torch.Generator) -> AdditiveCodes:
+def initial_codes(
+    matrix: Tensor, settings: AdditiveSettings, generator: torch.Generator, spread: Spread = WHOLE
+) -> AdditiveCodes:
     """Residual k-means on the rows scaled to unit length; a matrix with fewer groups than codewords gets zero codewords."""
     og, ig = settings.group_shape
     scales = matrix.view(-1, og * matrix.shape[1]).norm(dim=1) + _SMALLEST_SCALE
@@ -136,6 +153,7 @@ def initial_codes(matrix: Tensor, settings: AdditiveSettings, generator: torch.G
         max_iterations=settings.init_iterations,
         max_points=settings.max_points,
         generator=generator,
+        spread=spread,
     )
     return AdditiveCodes(
         codes=codes.view(*tiles.shape[:2], settings.num_codebooks),

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from algorithms.numerics.codebooks.additive import AdditiveCodes, CodewordScatter, code_rows, group, sum_codewords, ungroup
+from algorithms.numerics.spread import WHOLE, Spread
 
 _RIDGE = 1e-6
 # Past this drop of the preconditioned residual (squared), float32 rounding steers the iteration, and it can diverge.
 _EXHAUSTED = 1e-9
 
 
-def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
+def solve_codebooks(
+    weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, iterations: int, spread: Spread = WHOLE
+) -> tuple[Tensor, Tensor]:
     """Lower the loss over all codewords at once by preconditioned conjugate gradients, warm-started at the current ones.
 
     The preconditioner is the block diagonal of the normal matrix: for codeword k the ig x ig sum of s^2 H_jj over the places
@@ -29,6 +32,7 @@ def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, it
         error: E = (W - W_hat) H, [O, I], for these.
         hessian: H, [I, I].
         iterations: number of products with H; the loss falls with each.
+        spread: over processes, of the output groups.
 
     Returns:
         New codebooks [M, K, og, ig] and the new E.
@@ -42,17 +46,21 @@ def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, it
     def _adjoint(matrix: Tensor) -> Tensor:
         return scatter((group(matrix, (og, ig)) * scales).flatten(0, 1))
 
-    precondition = _block_preconditioner(weight, hessian)
     solution = weight.flat_codebooks
-    residual = _adjoint(error)
+    residual, blocks = _adjoint(error), _diagonal_blocks(weight, hessian)
+    spread.sum_(residual, blocks)
+    precondition = _block_preconditioner(blocks, (og, ig), hessian.dtype)
     direction = preconditioned = precondition(residual)
     power = torch.sum(residual * preconditioned)
     exhausted = _EXHAUSTED * power
     for _ in range(iterations):
-        moved = ungroup(sum_codewords(rows, direction).view(*shape, -1) * scales, (og, ig)) @ hessian
+        moved = ungroup(sum_codewords(rows, direction).view(*shape, og * ig) * scales, (og, ig)) @ hessian
         product = _adjoint(moved)
         curvature = torch.sum(direction * product)
-        if not (curvature > 0 and power > exhausted):
+        # What decides whether to go on is a sum over the processes: they go on together even if they round differently.
+        is_left = (power > exhausted).to(power.dtype)
+        spread.sum_(product, curvature, is_left)
+        if not (curvature > 0 and is_left >= spread.count):
             break
         length = power / curvature
         solution = solution + length * direction
@@ -65,22 +73,27 @@ def solve_codebooks(weight: AdditiveCodes, error: Tensor, hessian: Tensor, *, it
     return solution.view(M, K, og, ig), error
 
 
-def _block_preconditioner(weight: AdditiveCodes, hessian: Tensor) -> Callable[[Tensor], Tensor]:
-    M, K, og, ig = weight.codebooks.shape
+def _diagonal_blocks(weight: AdditiveCodes, hessian: Tensor) -> Tensor:
+    """The normal matrix's blocks [M*K, ig, ig] float64 of single codewords, the same for each of their og rows."""
+    M, K, _og, ig = weight.codebooks.shape
     no, ni, _ = weight.codes.shape
     places = code_rows(weight.codes, K).view(no, ni, M) * ni + torch.arange(ni, device=hessian.device)[None, :, None]
     energy = weight.scales.square()[:, None, None].expand(no, ni, M)
     # Summed in float64: a ridge of 1e-6 then suffices to factor even rank-deficient blocks.
     uses = torch.bincount(places.reshape(-1), weights=energy.double().reshape(-1), minlength=M * K * ni).view(M * K, ni)
     diagonal = hessian.view(ni, ig, ni, ig).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    blocks = (uses.double() @ diagonal.reshape(ni, ig * ig).double()).view(M * K, ig, ig)
+    return (uses.double() @ diagonal.reshape(ni, ig * ig).double()).view(M * K, ig, ig)
+
+
+def _block_preconditioner(blocks: Tensor, group_shape: tuple[int, int], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    og, ig = group_shape
     ridge = blocks.diagonal(dim1=1, dim2=2).mean(1) * _RIDGE
     ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
-    factor = torch.linalg.cholesky(blocks + ridge[:, None, None] * torch.eye(ig, dtype=blocks.dtype, device=hessian.device))
-    inverse = torch.cholesky_inverse(factor).to(hessian.dtype)
+    factor = torch.linalg.cholesky(blocks + ridge[:, None, None] * torch.eye(ig, dtype=blocks.dtype, device=blocks.device))
+    inverse = torch.cholesky_inverse(factor).to(dtype)
 
     def _precondition(residual: Tensor) -> Tensor:
-        return (residual.view(M * K, og, ig) @ inverse).view(M * K, og * ig)
+        return (residual.view(-1, og, ig) @ inverse).view(-1, og * ig)
 
     return _precondition
 

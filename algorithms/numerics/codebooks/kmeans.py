@@ -9,6 +9,7 @@ from torch import Tensor
 
 from algorithms.numerics.codebooks.additive import CodewordScatter
 from algorithms.numerics.codebooks.nearest import lowest_score
+from algorithms.numerics.spread import WHOLE, Spread
 
 # Lloyd's algorithm ends when an iteration gains less: the codebooks are solved exactly afterwards, and iterating to a
 # standstill takes most of the time of a fit without lowering its final error.
@@ -22,35 +23,45 @@ def nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     return scores + points.square().sum(1), labels
 
 
-def kmeans(points: Tensor, num_centers: int, *, max_iterations: int, generator: torch.Generator) -> Tensor:
+def kmeans(
+    points: Tensor, num_centers: int, *, max_iterations: int, generator: torch.Generator, spread: Spread = WHOLE
+) -> Tensor:
     """Centres [num_centers, d] of points [N, d] by Lloyd's algorithm from distinct random points, until it gains little.
 
     A centre that loses its last point keeps its place. With fewer points than centres the surplus centres are zero rows,
-    which no point is nearer to than to itself: the codebook keeps its stated size.
+    which no point is nearer to than to itself: the codebook keeps its stated size. Points may be ``spread`` over processes.
 
     Raises:
         ValueError: no points at all.
     """
-    if points.shape[0] == 0:
+    first, count = spread.number(points)
+    if count == 0:
         raise ValueError("k-means needs at least one point")
-    chosen = torch.randperm(points.shape[0], generator=generator)[:num_centers].to(points.device)
-    centers = points[chosen].clone()
+    centers = spread.fetch(torch.randperm(count, generator=generator)[:num_centers], points, first)
     previous = math.inf
     for _ in range(max_iterations):
         distances, labels = nearest(points, centers)
-        distortion = torch.sum(distances, dtype=torch.float64).item()
+        total = torch.sum(distances, dtype=torch.float64)
+        counts = torch.bincount(labels, minlength=centers.shape[0])
+        sums = CodewordScatter(labels[:, None], centers.shape[0])(points)
+        spread.sum_(total, counts, sums)  # in one message: small matrices wait longer for it than they compute
+        distortion = total.item()
         if distortion >= (1 - _SMALLEST_GAIN) * previous:
             break
         previous = distortion
-        counts = torch.bincount(labels, minlength=centers.shape[0])
-        sums = CodewordScatter(labels[:, None], centers.shape[0])(points)
         centers = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centers)
     padding = centers.new_zeros(num_centers - centers.shape[0], centers.shape[1])
     return torch.cat([centers, padding])
 
 
 def tree_kmeans(
-    points: Tensor, everything: Tensor, num_centers: int, *, max_iterations: int, generator: torch.Generator
+    points: Tensor,
+    everything: Tensor,
+    num_centers: int,
+    *,
+    max_iterations: int,
+    generator: torch.Generator,
+    spread: Spread = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Centres by k-means in two levels: about sqrt(num_centers) cells, then each cell's share of the centres from its points.
 
@@ -63,18 +74,22 @@ def tree_kmeans(
         num_centers: total number of centres.
         max_iterations: bound on the iterations of each k-means.
         generator: decides the starting points.
+        spread: over processes, of the points and of what is to be labelled.
 
     Returns:
         Centres [num_centers, d] and labels [P].
     """
-    options = {"max_iterations": max_iterations, "generator": generator}
+    options = {"max_iterations": max_iterations, "generator": generator, "spread": spread}
     coarse = kmeans(points, math.isqrt(num_centers), **options)
     inside, cells = nearest(points, coarse)[1], nearest(everything, coarse)[1]
-    shares = _shares(torch.bincount(inside, minlength=coarse.shape[0]), num_centers)
+    counts = torch.bincount(inside, minlength=coarse.shape[0])
+    spread.sum_(counts)
+    counts = counts.cpu()
+    shares = _shares(counts, num_centers)
     centers, labels, first = [], torch.empty_like(cells), 0
     for cell, share in enumerate(shares):
         members, labelled = points[inside == cell], torch.nonzero(cells == cell).flatten()
-        fine = kmeans(members, share, **options) if members.shape[0] else coarse[cell].repeat(share, 1)
+        fine = kmeans(members, share, **options) if counts[cell] else coarse[cell].repeat(share, 1)
         centers.append(fine)
         if labelled.numel():
             labels[labelled] = nearest(everything[labelled], fine)[1] + first
@@ -99,22 +114,25 @@ def residual_kmeans(
     max_iterations: int,
     max_points: int | None,
     generator: torch.Generator,
+    spread: Spread = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Codebooks [M, K, d] and codes [N, M] of points [N, d]: each codebook clusters what the earlier ones left over.
 
-    ``max_points`` limits the random subset that the centres are computed from; every point gets its codes.
+    ``max_points`` limits the random subset that the centres are computed from; every point gets its codes. Points may be
+    ``spread`` over processes, each of which gets all codebooks and the codes of its own points.
     """
     residual = points.clone()
+    first, count = spread.number(points)
+    options = {"max_iterations": max_iterations, "generator": generator, "spread": spread}
     codebooks, codes = [], []
     for _ in range(num_codebooks):
         sample = residual
-        if max_points is not None and max_points < residual.shape[0]:
-            chosen = torch.randperm(residual.shape[0], generator=generator)[:max_points]
-            sample = residual[chosen.to(residual.device)]
+        if max_points is not None and max_points < count:
+            sample = residual[spread.own(torch.randperm(count, generator=generator)[:max_points], residual, first)]
         if num_codewords > _LARGEST_FLAT:
-            centers, labels = tree_kmeans(sample, residual, num_codewords, max_iterations=max_iterations, generator=generator)
+            centers, labels = tree_kmeans(sample, residual, num_codewords, **options)
         else:
-            centers = kmeans(sample, num_codewords, max_iterations=max_iterations, generator=generator)
+            centers = kmeans(sample, num_codewords, **options)
             labels = nearest(residual, centers)[1]
         residual -= centers[labels]
         codebooks.append(centers)

@@ -66,6 +66,7 @@ class Aqlm(CompressionAlgorithm):
                     seed=config.seed,
                     validation_samples=config.validation_size,
                 ),
+                distributed=True,
                 reuse_on_new_data=True,
                 version=2,  # 2: the residual stream's distance is in the targets of the linears that write to it
             ),

@@ -14,10 +14,13 @@ from algorithms.blockwise.stages import round_to_storage
 from algorithms.finetuning.block_tuning import TuningSettings, tune_block
 from algorithms.formats.aqlm import dense_state, pack
 from algorithms.formats.storage import to_storage
-from algorithms.modeling.block_loop import BlockData, relative_output_error
+from algorithms.modeling.block_loop import BlockData
+from algorithms.numerics.codebooks.additive import AdditiveCodes
 from algorithms.numerics.codebooks.additive_fit import AdditiveSettings, fit_additive
 from algorithms.numerics.randomness import keyed_generator
+from algorithms.numerics.spread import WHOLE, Spread
 from algorithms.numerics.statistics import InputStatistics
+from algorithms.parallel.ranks import ALONE, Ranks, share_out
 from algorithms.quantization.aqlm.config import CalibrationConfig
 from algorithms.quantization.aqlm.weight import AqlmLinear, stored_bits
 
@@ -31,6 +34,10 @@ _TUNING_TOKENS = 2048
 _POINTS_PER_CENTROID = 256
 # Further iterations of a round fit the codebooks to codes that are about to change.
 _SOLVER_ITERATIONS = 4
+# How much more than its fair share of a group's weights one rank may get before rows are shared out rather than linears.
+_FAIR = 1.25
+# With fewer weights for each rank, splitting a linear costs more in messages than it saves.
+_LEAST_WEIGHTS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +46,25 @@ class _Progress:
     linears: dict[str, dict[str, object]]
 
 
-class AqlmCompressor:
-    """What AQLM does with a block; see :class:`algorithms.modeling.block_loop.BlockCompressor`."""
+@dataclass(frozen=True, kw_only=True)
+class _Fitted:
+    """Rows of a linear, the losses of the whole fit, and <W H, W> of the rows."""
 
-    def __init__(self, config: CalibrationConfig, linears: Sequence[str]) -> None:
+    weight: AdditiveCodes
+    losses: Sequence[float]
+    power: float
+
+
+class AqlmCompressor:
+    """What AQLM does with a block; see :class:`algorithms.modeling.block_loop.BlockCompressor`.
+
+    Ranks share out the linears of a group; where one of them is too large for that, the rows of each, with common codebooks.
+    """
+
+    def __init__(self, config: CalibrationConfig, linears: Sequence[str], ranks: Ranks = ALONE) -> None:
         self._config = config
         self._linears = linears
+        self._ranks = ranks
         self._settings = fit_settings(config)
         self._block = _Progress(started=0.0, linears={})
 
@@ -63,25 +83,53 @@ class AqlmCompressor:
     ) -> Mapping[str, nn.Module]:
         """Fit additive codebooks to each linear under the Hessian of their common input."""
         assert statistics is not None
-        return {name: self._compress(index, name, linear, statistics) for name, linear in linears.items()}
+        parts = self._ranks.exchange(self._fit_share(index, linears, statistics))
+        return {
+            name: self._finished(index, name, linear, [part[name] for part in parts if name in part])
+            for name, linear in linears.items()
+        }
 
-    def _compress(self, index: int, name: str, linear: nn.Linear, statistics: InputStatistics) -> nn.Module:
-        matrix, hessian = statistics.corrected(linear.weight.detach().float()), statistics.hessian()
-        fit = fit_additive(matrix, hessian, self._settings, keyed_generator(self._config.seed, "aqlm", index, name))
-        power = torch.sum((matrix @ hessian) * matrix).item()
-        bits = stored_bits(tuple(fit.weight.codes.shape), tuple(fit.weight.codebooks.shape))
-        num_groups = fit.weight.codes.shape[0] * fit.weight.codes.shape[1]
+    def _fit_share(self, index: int, linears: Mapping[str, nn.Linear], statistics: InputStatistics) -> dict[str, _Fitted]:
+        """Whole linears where they can be shared out evenly, else a run of rows of each, all ranks at one linear at a time."""
+        ranks = self._ranks
+        sizes = {name: linear.weight.numel() for name, linear in linears.items()}
+        if ranks.size > 1 and self._splits(linears):
+            spread = Spread(index=ranks.rank, count=ranks.size, sum_=ranks.sum_)
+            return {name: self._fit(index, name, linear, statistics, spread) for name, linear in linears.items()}
+        mine = [name for name, owner in share_out(sizes, ranks.size).items() if owner == ranks.rank]
+        return {name: self._fit(index, name, linears[name], statistics, WHOLE) for name in linears if name in mine}
+
+    def _splits(self, linears: Mapping[str, nn.Linear]) -> bool:
+        """Whether one of the linears is more than a rank's fair share, and all are large enough to be split."""
+        sizes = [linear.weight.numel() for linear in linears.values()]
+        least = self._ranks.size * self._settings.group_shape[0]
+        return max(sizes) * self._ranks.size > _FAIR * sum(sizes) and all(
+            linear.weight.numel() >= self._ranks.size * _LEAST_WEIGHTS and linear.out_features >= least
+            for linear in linears.values()
+        )
+
+    def _fit(self, index: int, name: str, linear: nn.Linear, statistics: InputStatistics, spread: Spread) -> _Fitted:
+        rows = spread.run_of(linear.out_features, self._settings.group_shape[0])
+        matrix, hessian = statistics.corrected(linear.weight.detach()[rows].float(), rows), statistics.hessian()
+        generator = keyed_generator(self._config.seed, "aqlm", index, name)
+        fit = fit_additive(matrix, hessian, self._settings, generator, spread)
+        return _Fitted(weight=fit.weight, losses=fit.losses, power=torch.sum((matrix @ hessian) * matrix).item())
+
+    def _finished(self, index: int, name: str, linear: nn.Linear, parts: Sequence[_Fitted]) -> nn.Module:
+        weight, losses = AdditiveCodes.joined([part.weight for part in parts]), parts[0].losses
+        power = sum(part.power for part in parts)
+        bits = stored_bits(tuple(weight.codes.shape), tuple(weight.codebooks.shape))
+        num_groups = weight.codes.shape[0] * weight.codes.shape[1]
         if num_groups < self._settings.num_codewords:
             logger.warning(
                 "block %d %s has %d groups, fewer than %d codewords: its codebooks are padded and cost it %.1f bits a weight",
-                index, name, num_groups, self._settings.num_codewords, sum(bits.values()) / matrix.numel(),
+                index, name, num_groups, self._settings.num_codewords, sum(bits.values()) / linear.weight.numel(),
             )  # fmt: skip
         self._block.linears[name] = {
-            "relative_error": fit.losses[-1] / power if power else 0.0,
-            "rounds": len(fit.losses) - 1,
-            "bits_per_weight": sum(bits.values()) / matrix.numel(),
+            "relative_error": losses[-1] / power if power else 0.0,
+            "rounds": len(losses) - 1,
+            "bits_per_weight": sum(bits.values()) / linear.weight.numel(),
         }
-        weight = fit.weight
         if not self.tunes:
             books, scales = (to_storage(tensor, name).float() for tensor in (weight.codebooks, weight.scales))
             weight = weight.replace(codebooks=books, scales=scales)
@@ -91,11 +139,11 @@ class AqlmCompressor:
         """Tune codebooks, scales, norms and biases of the block; returns its report."""
         report: dict[str, object] = {"index": index, "linears": self._block.linears}
         if data is not None:
-            generator = keyed_generator(self._config.seed, "aqlm", index, "tuning")
-            settings = tuning_settings(self._config, sequence_length=data.inputs.batches[0].shape[1])
+            generator = keyed_generator(self._config.seed, "aqlm", index, "tuning", *self._ranks.key)
+            settings = tuning_settings(self._config, sequence_length=data.sequence_length)
             report["tuning"] = asdict(tune_block(index, block, data, self._learning_rates(block), settings, generator))
         if data is not None and not self._config.skip_out_loss:
-            report["output_error"] = relative_output_error(block, index, *data.judged)
+            report["output_error"] = data.output_error(block, index)
         report["cpu_seconds"] = time.process_time() - self._block.started
         self._block = _Progress(started=0.0, linears={})
         return report

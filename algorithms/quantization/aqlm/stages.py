@@ -32,7 +32,8 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
         offload=config.offload_activations,
         facts=lambda reports: codebook_sizes(config),
     )
-    return blockwise.calibrate(context, source, AqlmCompressor(config, source.architecture.linears), how)
+    compressor = AqlmCompressor(config, source.architecture.linears, context.ranks)
+    return blockwise.calibrate(context, source, compressor, how)
 
 
 def convert(context: StageContext, artifact: Artifact, config: CalibrationConfig, exports: Sequence[str]) -> Artifact:

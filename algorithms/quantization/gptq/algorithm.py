@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from torch import nn
 
@@ -27,7 +26,11 @@ class Gptq(CompressionAlgorithm):
         super().__init__(config, exports or (self._setting.first_format(),))
         self._group_size = config.group_size
         self._pipeline = uniform_pipeline(
-            name="gptq", config=config, fit=partial(fit, config=config), setting=self._setting, exports=self.exports
+            name="gptq",
+            config=config,
+            fit=lambda wanted, statistics, spread: fit(wanted, statistics, config),
+            setting=self._setting,
+            exports=self.exports,
         )
 
     def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ class Rtn(CompressionAlgorithm):
         self._pipeline = uniform_pipeline(
             name="rtn",
             config=config,
-            fit=lambda wanted, statistics: fit(wanted, config),
+            fit=lambda wanted, statistics, spread: fit(wanted, config),
             setting=self._setting,
             exports=self.exports,
             needs_text=config.block_tuning is not None,

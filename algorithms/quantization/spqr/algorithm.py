@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from algorithms.blockwise.pipeline import Pipeline, check_groups
 from algorithms.formats import spqr
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.sparse_quantized import SparseQuantized
-from algorithms.quantization.spqr.calibration import fit
+from algorithms.quantization.spqr.calibration import fit, splits
 from algorithms.quantization.spqr.config import SpqrConfig
 from algorithms.quantization.spqr.conversion import FORMATS, check_exports, exporters, read_export
 from algorithms.quantization.spqr.weight import stored_bits, tunable, tuned
@@ -34,12 +33,14 @@ class Spqr(CompressionAlgorithm):
         self._config = config
         method = Method[SparseQuantized](
             name="spqr",
-            fit=partial(fit, config=config),
+            fit=lambda wanted, statistics, spread: fit(wanted, statistics, config, spread),
             pack=spqr.pack,
             dense_state=spqr.dense_state,
             stored_bits=stored_bits,
             tunable=tunable,
             tuned=tuned,
+            join=SparseQuantized.joined if splits(config) else None,
+            rows_together=2 * config.run,  # so that a part of a matrix is never just one run
         )
         self._pipeline = Pipeline(
             config=config, method=method, exports=self.exports, exporters=exporters(config), read_export=read_export

@@ -13,6 +13,7 @@ from algorithms.numerics.column_order import column_order
 from algorithms.numerics.column_sweep import Factor, inverse_factor, refine, sweep
 from algorithms.numerics.sparse_columns import SparseColumns, SparseSettings, leave_one_out_gain, saliency_scale
 from algorithms.numerics.sparse_quantized import SparseQuantized
+from algorithms.numerics.spread import WHOLE, Spread
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.quantization.spqr.config import SpqrConfig
 
@@ -26,21 +27,30 @@ _CLOSE = 1.02  # the ratio of two thresholds between which none is looked for
 _FILLED = 0.95  # the least share of a budget that counts as used
 
 
-def fit(wanted: Mapping[str, Tensor], statistics: InputStatistics | None, config: SpqrConfig) -> Mapping[str, SparseQuantized]:
+def fit(
+    wanted: Mapping[str, Tensor], statistics: InputStatistics | None, config: SpqrConfig, spread: Spread = WHOLE
+) -> Mapping[str, SparseQuantized]:
     """SpQR weights for linears that share an input.
 
     Args:
         wanted: weights [O, I] by name, the same I for all.
         statistics: of the common input.
         config: bits, groups, order and outliers.
+        spread: over processes, of the rows of each weight, where :func:`splits` allows that.
     """
     assert statistics is not None
     hessian = statistics.hessian()
     # Runs of rows with common statistics must not reach from one matrix into the next, nor must a common order or grid.
     together = config.permutation_order != "spearman" and config.per_channel
     if together and all(matrix.shape[0] % config.run == 0 for matrix in wanted.values()):
-        return _fit_stack(wanted, hessian, config)
-    return {name: _fit_stack({name: matrix}, hessian, config)[name] for name, matrix in wanted.items()}
+        return _fit_stack(wanted, hessian, config, spread)
+    return {name: _fit_stack({name: matrix}, hessian, config, spread)[name] for name, matrix in wanted.items()}
+
+
+def splits(config: SpqrConfig) -> bool:
+    """Whether rows can be fitted apart: no common order or grid looks at all of them, nor does a budget of outliers."""
+    has_budget = config.target_bits is not None or config.max_outlier_share is not None
+    return config.per_channel and config.permutation_order != "spearman" and not has_budget
 
 
 def settings(config: SpqrConfig, columns: int) -> SparseSettings:
@@ -59,7 +69,7 @@ def settings(config: SpqrConfig, columns: int) -> SparseSettings:
     )
 
 
-def _fit_stack(wanted: Mapping[str, Tensor], hessian: Tensor, config: SpqrConfig) -> dict[str, SparseQuantized]:
+def _fit_stack(wanted: Mapping[str, Tensor], hessian: Tensor, config: SpqrConfig, spread: Spread) -> dict[str, SparseQuantized]:
     matrix = torch.cat(list(wanted.values()))
     order = column_order(config.permutation_order, matrix, hessian)
     factor = None if config.nearest else inverse_factor(hessian, config.damping, order)
@@ -68,7 +78,7 @@ def _fit_stack(wanted: Mapping[str, Tensor], hessian: Tensor, config: SpqrConfig
     for name, part in wanted.items():
         rows[name] = slice(start, start + part.shape[0])
         start += part.shape[0]
-    quantizer, result = _sweep_in_budget(columns, factor, list(rows.values()), order, config)
+    quantizer, result = _sweep_in_budget(columns, factor, list(rows.values()), order, config, spread)
     if factor is not None:
         for _ in range(config.refinements):
             refine(columns, result, factor.hessian, quantizer)
@@ -83,14 +93,19 @@ def _fit_stack(wanted: Mapping[str, Tensor], hessian: Tensor, config: SpqrConfig
 
 
 def _sweep_in_budget(
-    columns: Tensor, factor: Factor | None, rows: list[slice], order: Tensor | None, config: SpqrConfig
+    columns: Tensor,
+    factor: Factor | None,
+    rows: list[slice],
+    order: Tensor | None,
+    config: SpqrConfig,
+    spread: Spread,
 ) -> tuple[SparseColumns, Tensor]:
     """Sweep at the recipe's threshold; where a matrix misses its budget of outliers, again at a better one."""
     grid = settings(config, columns.shape[0])
     share = config.outlier_share(grid.group_size)
     # Without compensation an error costs its square, whichever the column.
     pivots = torch.ones_like(columns[:, 0]) if factor is None else factor.pivots
-    thresholds = _thresholds(columns, pivots, rows, grid, config, share)
+    thresholds = _thresholds(columns, pivots, rows, grid, config, share, spread)
     lowest = [0.0 if config.target_bits is not None else thresholds[place][0].item() for place in rows]
     pairs = [] if share is None else zip(rows, lowest, strict=True)
     searches = [_ThresholdSearch(place, share or 0.0, lowest=least) for place, least in pairs]
@@ -150,7 +165,13 @@ class _ThresholdSearch:
 
 
 def _thresholds(
-    columns: Tensor, pivots: Tensor, rows: list[slice], grid: SparseSettings, config: SpqrConfig, share: float | None
+    columns: Tensor,
+    pivots: Tensor,
+    rows: list[slice],
+    grid: SparseSettings,
+    config: SpqrConfig,
+    share: float | None,
+    spread: Spread,
 ) -> Tensor:
     """The threshold of every row to begin with, [O]: the recipe's, relative to its own matrix, or an estimate for the share."""
     thresholds = columns.new_full((columns.shape[1],), torch.inf)
@@ -159,7 +180,7 @@ def _thresholds(
         if config.target_bits is not None and share is not None:
             thresholds[place] = _threshold_for_share(part, pivots, grid, share)
         elif config.outlier_threshold is not None:
-            scale = saliency_scale(part.double(), pivots.double()).item()
+            scale = saliency_scale(part.double(), pivots.double(), spread).item()
             # Where nothing that is lost could matter (no input, or rows that are all alike) there is nothing to be relative to.
             thresholds[place] = config.outlier_threshold * scale if scale > _LEAST_SCALE else math.inf
     return thresholds

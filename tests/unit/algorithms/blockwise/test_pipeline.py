@@ -15,7 +15,7 @@ from tests.support.models import save_family, token_sequences
 from tests.unit.algorithms.quantization.plugin_runs import blocks, calibrate, run
 
 
-def _halves(wanted, statistics):
+def _halves(wanted, statistics, spread):
     """Codes that say nothing but the sign, and that depend on the inputs' size where there are any."""
     size = 1.0 if statistics is None else statistics.hessian().diagonal().mean().sqrt().item()
     weights = {}

@@ -20,8 +20,8 @@ from algorithms.formats.spqr import (
 from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.sparse_quantized import Outliers
+from tests.support.matrices import sparse_weight
 from tests.support.models import save_family, token_sequences
-from tests.support.sparse_weights import sparse_weight
 
 SETTINGS = [
     {},

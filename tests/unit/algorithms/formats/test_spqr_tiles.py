@@ -5,7 +5,7 @@ import torch
 
 from algorithms.formats.spqr_tiles import pack, quantization_config, refusal, unpack
 from algorithms.numerics.sparse_quantized import Outliers, SparseQuantized, Statistics
-from tests.support.sparse_weights import sparse_weight
+from tests.support.matrices import sparse_weight
 
 
 def same_dense_part(one: SparseQuantized, other: SparseQuantized) -> bool:

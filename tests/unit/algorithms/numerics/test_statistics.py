@@ -3,6 +3,7 @@ import torch
 
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.statistics import InputStatistics
+from tests.support.rank_processes import run_on_ranks
 
 
 def test_hessian_is_the_mean_outer_product():
@@ -14,15 +15,34 @@ def test_hessian_is_the_mean_outer_product():
     torch.testing.assert_close(statistics.hessian().double(), rows.T @ rows / 77, rtol=1e-6, atol=1e-6)
 
 
-def test_two_halves_merge_to_the_whole():
-    inputs = torch.randn(40, 4)
-    whole, left, right = (InputStatistics(4) for _ in range(3))
-    whole.update(inputs)
-    left.update(inputs[:13])
-    right.update(inputs[13:])
-    left.merge(right)
-    torch.testing.assert_close(left.hessian(), whole.hessian())
-    assert left.num_tokens == 40
+def _gather(ranks, inputs, wanted, first):
+    """The first rank has wanted outputs for all of its tokens, the second for none of them, a third has no tokens."""
+    statistics = InputStatistics(inputs.shape[1], out_features=wanted.shape[1])
+    if ranks.rank == 0:
+        statistics.update(inputs[:first], wanted[:first])
+    elif ranks.rank == 1:
+        statistics.update(inputs[first:])
+    statistics.add_up(ranks.sum_)
+    return statistics
+
+
+def test_what_several_processes_gather_adds_up_to_the_whole():
+    inputs, wanted, matrix = torch.randn(40, 4), torch.randn(40, 3), torch.randn(3, 4)
+    inputs[[3, 30]] = torch.inf
+    whole = InputStatistics(4, out_features=3)
+    whole.update(inputs[:13], wanted[:13])
+    whole.update(inputs[13:])
+    for statistics in run_on_ranks(_gather, 3, inputs, wanted, 13):
+        torch.testing.assert_close(statistics.hessian(), whole.hessian())
+        torch.testing.assert_close(statistics.corrected(matrix), whole.corrected(matrix))
+        assert (statistics.num_tokens, statistics.num_corrected, statistics.num_skipped) == (38, 12, 2)
+
+
+def test_rows_are_corrected_as_in_the_whole_matrix():
+    inputs, matrix = torch.randn(50, 4), torch.randn(6, 4)
+    statistics = InputStatistics(4, out_features=6)
+    statistics.update(inputs, inputs @ matrix.T + torch.randn(50, 6))
+    torch.testing.assert_close(statistics.corrected(matrix[2:5], slice(2, 5)), statistics.corrected(matrix)[2:5])
 
 
 def test_tokens_that_are_not_finite_are_left_out_and_counted():
@@ -89,11 +109,10 @@ def test_tokens_without_a_wanted_output_count_for_the_hessian_alone():
     torch.testing.assert_close(some.corrected(matrix), part.corrected(matrix))
     both = torch.cat([inputs, others])
     torch.testing.assert_close(some.hessian(), both.T @ both / 120)
-    twice = InputStatistics(4, out_features=2)
-    twice.merge(some)
-    twice.merge(some)
-    torch.testing.assert_close(twice.hessian(), some.hessian())
-    assert (twice.num_tokens, twice.num_corrected) == (240, 100)
+    hessian = some.hessian()
+    some.add_up(lambda tensor: tensor.mul_(2))  # as if another process had gathered the same
+    torch.testing.assert_close(some.hessian(), hessian)
+    assert (some.num_tokens, some.num_corrected) == (240, 100)
 
 
 def test_the_panels_of_the_product_cover_it():

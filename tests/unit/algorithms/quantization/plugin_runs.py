@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from algorithms.base import Artifact, CompressionAlgorithm, StageContext
 from algorithms.modeling.source import ModelSource
+from algorithms.parallel.ranks import ALONE, Ranks
 from tests.support.models import token_sequences
 
 TEXT = {"nsamples": 8, "model_seqlen": 16, "val_size": 2}
@@ -40,7 +41,9 @@ def _killed_at(block: int) -> Callable:
     return progress
 
 
-def _context(algorithm: CompressionAlgorithm, source: ModelSource, folder: Path, name: str, progress: Callable) -> StageContext:
+def _context(
+    algorithm: CompressionAlgorithm, source: ModelSource, folder: Path, name: str, progress: Callable, ranks: Ranks = ALONE
+) -> StageContext:
     (request,) = (spec.tokens for spec in algorithm.stages() if spec.name == name)
     sequences, held_out = [], 0
     if request is not None:
@@ -55,6 +58,7 @@ def _context(algorithm: CompressionAlgorithm, source: ModelSource, folder: Path,
         seed=0,
         metrics=lambda record: None,
         progress=progress,
+        ranks=ranks,
     )
 
 
@@ -70,12 +74,14 @@ def run(algorithm: CompressionAlgorithm, source: ModelSource, folder: Path) -> l
     return artifacts
 
 
-def calibrate(algorithm: CompressionAlgorithm, source: ModelSource, folder: Path, progress: Callable = _silent) -> Artifact:
-    """The first stage alone, in ``folder`` itself."""
+def calibrate(
+    algorithm: CompressionAlgorithm, source: ModelSource, folder: Path, progress: Callable = _silent, ranks: Ranks = ALONE
+) -> Artifact:
+    """The first stage alone, in ``folder`` itself; one of ``ranks`` where all of them call this."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = algorithm.stages()[0]
     base = Artifact(kind="model", directory=source.directory, digest="base")
-    return spec.run(_context(algorithm, source, folder, spec.name, progress), base)
+    return spec.run(_context(algorithm, source, folder, spec.name, progress, ranks), base)
 
 
 def assert_resumes(algorithm: CompressionAlgorithm, source: ModelSource, folder: Path) -> None:
