@@ -48,12 +48,12 @@ class Checkpoints:
         self._ranks.meet()
         with _quiet():
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save(dict(tensors), storage_writer=writer, process_group=self._ranks.group, no_dist=self._ranks.group is None)
+            dcp.save(dict(tensors), storage_writer=writer, **self._processes)
         files = sorted(path.name for path in partial.iterdir())
-        digests = [{name: file_digest(partial / name) for name in self._ranks.mine(files)}]
-        merged = {name: digest for part in self._ranks.gather(digests[0]) for name, digest in part.items()}
+        own = {name: file_digest(partial / name) for name in self._ranks.mine(files)}
+        digests = {name: digest for part in self._ranks.gather(own) for name, digest in part.items()}
         if self._ranks.is_main:
-            atomic_write_json(partial / _PROGRESS, {"step": step, "files": merged, **progress})
+            atomic_write_json(partial / _PROGRESS, {"step": step, "files": digests, **progress})
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
         self._ranks.meet()
@@ -76,7 +76,13 @@ class Checkpoints:
         """Read a checkpoint into tensors of the same names and shapes, however they are sharded."""
         with _quiet():
             reader = HuggingFaceStorageReader(str(self._place(step)))
-            dcp.load(dict(tensors), storage_reader=reader, process_group=self._ranks.group, no_dist=self._ranks.group is None)
+            dcp.load(dict(tensors), storage_reader=reader, **self._processes)
+
+    @property
+    def _processes(self) -> dict[str, Any]:
+        """Who takes part, as torch wants it said."""
+        is_alone = self._ranks.size == 1
+        return {"no_dist": True} if is_alone else {"process_group": self._ranks.group}
 
     def _intact(self, step: int) -> Mapping[str, Any] | None:
         place = self._place(step)

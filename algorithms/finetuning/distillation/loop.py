@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +21,14 @@ from algorithms.finetuning.distillation.additive_student import StepReport
 from algorithms.finetuning.distillation.batches import Batches, MicroBatch, in_micro_batches
 from algorithms.finetuning.distillation.checkpoints import Checkpoints
 from algorithms.finetuning.distillation.loss import kl_divergence
-from algorithms.finetuning.distillation.sharding import set_summing
-from algorithms.finetuning.distillation.teacher import Autocast, Teacher
+from algorithms.finetuning.distillation.sharding import local, set_summing
+from algorithms.finetuning.distillation.teacher import Autocast, Teacher, counted
 from algorithms.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 600.0
+_LARGEST_STORED = 65504.0  # in float16
 _MAX_FAILURES = 3  # steps in a row without a finite loss
 
 
@@ -113,6 +114,11 @@ class History:
     skipped: list[int] = field(default_factory=list)
     stopped: str | None = None
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether the student is worth keeping: it came to its end, or a good state of it was put back."""
+        return self.stopped is None or self.best_step is not None
+
 
 def distill(
     student: Student,
@@ -180,7 +186,7 @@ class _Run:
         self.history = History(**found["history"])
         self._newest.load(self.step, self._student.state())
         self._student.loaded()
-        logger.info("tuning goes on after step %d of %d", self.step, self.steps)
+        logger.info("PV-Tuning goes on after step %d of %d", self.step, self.steps)
         for _ in range(self.step):
             self._around.advance("done before")
 
@@ -201,12 +207,24 @@ class _Run:
             self._save()
 
     def finish(self) -> None:
-        """Put the best state back if that is asked for."""
+        """Put the best state back if that is asked for, and see whether the last one can be stored at all."""
+        largest = max((local(tensor).abs().max().item() for tensor in self._floating()), default=0.0)
+        (beyond,) = self._ranks.sum_numbers(float(not largest <= _LARGEST_STORED))
+        if beyond and self.history.stopped is None:
+            self.history.stopped = f"a tensor reached {largest:.3g}, which cannot be stored"
+            logger.warning("%s; lower lr or code_lr", self.history.stopped)
         best = self.history.best_step
         if self._settings.keep_best and best is not None and best != self.step:
             self._best.load(best, self._student.values())
             self._student.loaded()
             logger.info("the student of step %d is kept: its held-out divergence was the lowest", best)
+
+    def _floating(self) -> Iterator[Tensor]:
+        return (
+            tensor.detach()
+            for tensor in self._student.values().values()
+            if tensor.is_floating_point() and local(tensor).numel()
+        )
 
     def _accumulate(self) -> float:
         """Forward and backward of a step's micro-batches; returns the mean divergence over all ranks."""
@@ -227,7 +245,7 @@ class _Run:
         targets = self._teacher.targets(batch)
         with self._around.autocast():
             logits = self._student.model(input_ids=batch.tokens, use_cache=False).logits
-        return kl_divergence(logits.flatten(0, 1) if batch.mask.all() else logits[batch.mask], _flat(targets))
+        return kl_divergence(counted(logits, batch.mask), targets)
 
     def _skip(self, loss: float) -> None:
         """Leave a step out whose loss is not finite; several in a row end the tuning."""
@@ -240,7 +258,7 @@ class _Run:
         last = list(range(self.step - _MAX_FAILURES + 1, self.step + 1))
         if self.history.skipped[-_MAX_FAILURES:] == last:
             self.history.stopped = f"the loss was not finite in steps {last[0]} to {last[-1]}"
-            logger.warning("tuning ends: %s. Lower lr or code_lr.", self.history.stopped)
+            logger.warning("PV-Tuning ends: %s; lower lr or code_lr", self.history.stopped)
 
     def _describe(self, loss: float, report: StepReport, cpu_seconds: float) -> None:
         codes = report.codes
@@ -303,7 +321,3 @@ class _Run:
         self._newest.keep_only(self.step)
         self._best.keep_only(self.history.best_step)
         self._saved = time.monotonic()
-
-
-def _flat(targets: Any) -> Any:  # noqa: ANN401 - logits or what a cache has kept
-    return targets.flatten(0, -2) if isinstance(targets, Tensor) else targets

@@ -23,10 +23,14 @@ _FLOOR = 1e-12  # of a tail's mass
 
 @dataclass(frozen=True, kw_only=True)
 class TopLogits:
-    """What is kept of a teacher's distribution: log probabilities [n, k] of ``tokens`` [n, k]; all other tokens are its tail."""
+    """What is kept of a teacher's distribution: log probabilities [n, k] of ``tokens`` [n, k], and all others' mass [n].
+
+    Log probabilities may be rounded: they are taken relative to each other, the mass decides what they have together.
+    """
 
     log_probabilities: Tensor
     tokens: Tensor
+    tail: Tensor
 
 
 def kl_divergence(student: Tensor, teacher: Tensor | TopLogits) -> Tensor:
@@ -43,15 +47,21 @@ def kl_divergence(student: Tensor, teacher: Tensor | TopLogits) -> Tensor:
         A float32 scalar.
     """
     if isinstance(teacher, TopLogits):
-        total: Tensor = _Divergence.apply(student, teacher.log_probabilities, teacher.tokens)
+        total: Tensor = _Divergence.apply(student, teacher.log_probabilities, teacher.tokens, teacher.tail)
     else:
-        total = _Divergence.apply(student, teacher, None)
+        total = _Divergence.apply(student, teacher, None, None)
     return total
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, tokens: Tensor | None) -> Tensor:  # noqa: ANN401 - torch's own
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's own
+        student: Tensor,
+        teacher: Tensor,
+        tokens: Tensor | None,
+        tail: Tensor | None,
+    ) -> Tensor:
         """Logits to the sum; the gradient [n, V] is kept in the student's dtype."""
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student) if wants_gradient else None
@@ -61,10 +71,10 @@ class _Divergence(torch.autograd.Function):
         for start in range(0, student.shape[0], rows):
             part = slice(start, start + rows)
             logits = student[part].float()
-            if tokens is None:
+            if tokens is None or tail is None:
                 value, slope = _whole(logits, teacher[part].float())
             else:
-                value, slope = _kept(logits, teacher[part].float(), tokens[part].long())
+                value, slope = _kept(logits, teacher[part].float(), tokens[part].long(), tail[part].float())
             total += value
             if gradient is not None:
                 gradient[part] = slope
@@ -72,10 +82,10 @@ class _Divergence(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         """The kept gradient, scaled."""
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(outer.to(gradient.dtype)), None, None
+        return gradient.mul_(outer.to(gradient.dtype)), None, None, None
 
 
 def _whole(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,15 +97,15 @@ def _whole(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return value, log_q.exp_().sub_(p)
 
 
-def _kept(student: Tensor, log_p: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _kept(student: Tensor, log_p: Tensor, tokens: Tensor, tail_p: Tensor) -> tuple[Tensor, Tensor]:
     """Divergence over the kept tokens and the tail, whose gradient its tokens share in proportion to their probabilities."""
     log_q = student.log_softmax(1)
     kept_log_q = log_q.gather(1, tokens)
+    log_p = log_p.log_softmax(1) + torch.log1p(-tail_p)[:, None]
     p = log_p.exp()
-    tail_p = (1 - p.sum(1)).clamp_min(_FLOOR)
     tail_q = (1 - kept_log_q.exp().sum(1)).clamp_min(_FLOOR)
     value = torch.sum(p * (log_p - kept_log_q), dtype=torch.float64)
-    value = value + torch.sum(tail_p * (tail_p.log() - tail_q.log()), dtype=torch.float64)
+    value = value + torch.sum(torch.xlogy(tail_p, tail_p / tail_q), dtype=torch.float64)
     # d/dz_i: q_i (1 - tail_p / tail_q) in the tail, q_i - p_i for a kept token; each sums to the softmax's own gradient.
     q = log_q.exp_()
     kept_q = q.gather(1, tokens)

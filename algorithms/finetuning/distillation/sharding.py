@@ -22,7 +22,8 @@ class Sharding:
     """
 
     def __init__(self, ranks: Ranks, gathered: torch.dtype | None = None) -> None:
-        self._mesh = None if ranks.group is None else DeviceMesh.from_group(ranks.group, ranks.device.type)
+        is_alone = ranks.group is None or ranks.size == 1
+        self._mesh = None if is_alone else DeviceMesh.from_group(ranks.group, ranks.device.type)
         self._policy = MixedPrecisionPolicy(param_dtype=gathered, cast_forward_inputs=False)
 
     def shard(self, module: nn.Module, separately: Sequence[str] = ()) -> None:
@@ -36,6 +37,7 @@ class Sharding:
         for part in (*inner, module):
             fully_shard(part, mesh=self._mesh, mp_policy=self._policy)
             part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
     def rows(self, local_rows: Tensor, num_rows: int) -> Tensor:
         """This rank's rows [n, ...] of a tensor [num_rows, ...], as one that knows the whole; split as parameters are."""
@@ -60,7 +62,20 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; every rank has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype not in (torch.int8, torch.int16):
+        return tensor.full_tensor()
+    # Not every backend sends short integers.
+    wide = DTensor.from_local(
+        tensor.to_local().int(),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return wide.full_tensor().to(tensor.dtype)
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The original model's distributions: computed anew for every batch, or kept on disk as their most likely tokens.
 
-Keeping ``k`` tokens of every position costs 6 k bytes of disk for each; what the others have together is known as the rest, so
+Keeping ``k`` tokens of every position costs 6 k + 4 bytes of disk for each; what the others have together is known as the rest, so
 that the divergence over the k + 1 outcomes is exact and a lower bound of the whole one.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from algorithms.finetuning.distillation.batches import MicroBatch, in_micro_batches
@@ -24,6 +24,7 @@ from algorithms.parallel.ranks import Ranks
 Autocast = Callable[[], AbstractContextManager[object]]
 
 _DONE = "cache.json"
+_KEPT = ("log_probabilities", "tokens", "tail")
 
 
 class Teacher(Protocol):
@@ -32,6 +33,11 @@ class Teacher(Protocol):
     def targets(self, batch: MicroBatch) -> Tensor | TopLogits:
         """The teacher's word on the positions of a batch that count, in the order of the mask, on the batch's device."""
         ...
+
+
+def counted(logits: Tensor, mask: Tensor) -> Tensor:
+    """The logits [n, V] of the positions of [b, length, V] that count; without a copy where all do."""
+    return logits.flatten(0, 1) if mask.all() else logits[mask]
 
 
 class LiveTeacher:
@@ -50,7 +56,7 @@ class LiveTeacher:
         """Logits [n, V]."""
         with self._autocast():
             logits = self._model(input_ids=batch.tokens, use_cache=False).logits
-        return logits if batch.mask.all() else logits[batch.mask]
+        return counted(logits, batch.mask)
 
 
 class CachedTeacher:
@@ -69,15 +75,11 @@ class CachedTeacher:
         kept = [self._read(number) for row, number in enumerate(batch.numbers) if batch.mask[row].any()]
         if not kept:
             nothing = torch.empty(0, 1, device=device)
-            return TopLogits(log_probabilities=nothing, tokens=nothing.int())
-        return TopLogits(
-            log_probabilities=torch.cat([values for values, _ in kept]).to(device),
-            tokens=torch.cat([tokens for _, tokens in kept]).to(device),
-        )
+            return TopLogits(log_probabilities=nothing, tokens=nothing.int(), tail=nothing[:, 0])
+        return TopLogits(**{name: torch.cat([tensors[name] for tensors in kept]).to(device) for name in _KEPT})
 
-    def _read(self, number: int) -> tuple[Tensor, Tensor]:
-        with safe_open(self._directory / f"{number}.safetensors", framework="pt") as handle:
-            return handle.get_tensor("log_probabilities"), handle.get_tensor("tokens")
+    def _read(self, number: int) -> dict[str, Tensor]:
+        return load_file(self._directory / f"{number}.safetensors")
 
 
 def fill_cache(
@@ -93,12 +95,12 @@ def fill_cache(
     for batch in in_micro_batches(sequences, micro_batch_size, ranks):
         log_probabilities = teacher.targets(batch.to(ranks.device)).float().log_softmax(-1)
         values, tokens = log_probabilities.topk(min(kept, log_probabilities.shape[-1]), dim=-1)
+        tail = (1 - values.double().exp().sum(-1)).clamp_(0, 1).float()
         lengths = batch.mask.sum(1).tolist()
-        rows = zip(batch.numbers, values.half().split(lengths), tokens.int().split(lengths), strict=True)
-        for number, own_values, own_tokens in rows:
-            if own_values.numel():
-                tensors = {"log_probabilities": own_values, "tokens": own_tokens}
-                atomic_save_tensors(directory / f"{number}.safetensors", tensors)
+        parts = (tensor.split(lengths) for tensor in (values.half(), tokens.int(), tail))
+        for number, *tensors in zip(batch.numbers, *parts, strict=True):
+            if tensors[0].numel():
+                atomic_save_tensors(directory / f"{number}.safetensors", dict(zip(_KEPT, tensors, strict=True)))
         yield
     ranks.meet()
     if ranks.is_main:

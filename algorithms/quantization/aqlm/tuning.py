@@ -67,7 +67,12 @@ def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) 
             evaluate=context.evaluate,
         )
         history = distill(student, teacher, training, held_out, settings, around)
-    shares = _changed(before, _codes(student.model))
+    if history.is_usable:
+        shares = _changed(before, _codes(student.model))
+    else:
+        logger.warning("PV-Tuning came to nothing: the calibrated model is handed on as it was")
+        shares = dict.fromkeys(before, 0.0)
+        student = AdditiveStudent(student_model(source, calibrated, config, how), pv_settings(config), ranks)
     _write(context.output_dir, source, calibrated, student, ranks, shares)
     if ranks.is_main:
         _write_report(context.output_dir, history, shares)
