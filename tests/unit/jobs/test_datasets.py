@@ -145,9 +145,6 @@ def test_the_key_covers_what_shapes_the_tokens(tmp_path, source, problems):
     keys["format"] = Job(tmp_path, source, DATA_PATH=str(problems), **(QA | {"FORMAT_STRING": "{question}{answer}"})).key()
     keys["split"] = Job(tmp_path, source, DATA_PATH=str(problems), SPLIT="train[:50]", **QA).key()
     changes = {"num_samples": 11, "sequence_length": 25, "seed": 1, "validation_samples": 2, "packed": False}
-    keys["all"] = Job(tmp_path, source, DATA_PATH=str(problems), **QA).key(
-        TokenRequest(num_samples=None, sequence_length=24, seed=0, validation_samples=3)
-    )
     for name, value in [*changes.items(), ("num_samples", None)]:
         shape = {"num_samples": 10, "sequence_length": 24, "seed": 0, "validation_samples": 3} | {name: value}
         keys[name, value] = Job(tmp_path, source, DATA_PATH=str(problems), **QA).key(TokenRequest(**shape))
