@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from algorithms.base import Artifact, Process
 from configs.errors import ExitCode, MissingEnvironmentError, RankFailedError, RankLostError
 from jobs.processes.connection import is_lost_connection
+from jobs.processes.pulse import Pulse, spans_nodes
 
 TO_CONNECT = timedelta(minutes=5)
 NAP = 0.1  # seconds between two looks; short, so that signals are handled in between
@@ -81,6 +82,7 @@ class Board:
     Args:
         store: the store that the ranks share; its keys are this job's own.
         process: which of the ranks this is.
+        pulse: listens for signs of life of the followers; None where their launcher watches them.
         clock: time in seconds.
         sleep: how to pass some.
     """
@@ -90,10 +92,11 @@ class Board:
         store: dist.Store,
         process: Process,
         *,
+        pulse: Pulse | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.store, self.process = store, process
+        self.store, self.process, self._pulse = store, process, pulse
         self._clock, self._sleep = clock, sleep
 
     def naps(self, seconds: float | None = None) -> Iterator[None]:
@@ -158,10 +161,12 @@ class Board:
         return min((Failure(**json.loads(note)) for note in notes), key=lambda failure: (failure.is_a_stop, failure.rank))
 
     def raise_failure(self) -> None:
-        """Raise what a follower has noted, if any has."""
+        """Raise what a follower has noted, if any has, or that one gives no sign of life."""
         failure = self.failure()
         if failure is not None:
             raise failure.error()
+        if self._pulse is not None:
+            self._pulse.check()
 
     def end(self, *, well: bool) -> None:
         """Send the followers away. The first end counts."""
@@ -206,6 +211,13 @@ def shared_store() -> dist.Store:
     return store
 
 
-def open_board(process: Process, job: int, attempt: str) -> Board:
-    """The board of the ``job``-th recipe of this command; ``attempt`` tells a launcher's restarts apart."""
-    return Board(dist.PrefixStore(f"bitpress/{attempt}/job/{job}", shared_store()), process)
+def open_board(process: Process, job: int, environment: Mapping[str, str]) -> Board:
+    """The board of the ``job``-th recipe of this command, as the launcher's environment names it."""
+    store = dist.PrefixStore(f"bitpress/{attempt(environment)}/job/{job}", shared_store())
+    listens = process.is_main and spans_nodes(environment)
+    return Board(store, process, pulse=Pulse(store, range(1, process.world_size)) if listens else None)
+
+
+def attempt(environment: Mapping[str, str]) -> str:
+    """Tells a launcher's restarts apart, which may share a store."""
+    return environment.get("TORCHELASTIC_RESTART_COUNT", "0")

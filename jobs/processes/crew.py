@@ -18,7 +18,7 @@ from algorithms.parallel.ranks import Ranks
 from configs.errors import RankFailedError, RankLostError
 from jobs.execution.interruption import ignore_stops
 from jobs.launch import process_from_environment
-from jobs.processes.board import Board, Order, open_board, shared_store
+from jobs.processes.board import Board, Order, attempt, open_board, shared_store
 from jobs.processes.connection import is_lost_connection
 from jobs.processes.group import opened_group
 
@@ -137,9 +137,8 @@ def open_crew(environment: Mapping[str, str] = os.environ) -> Crew:
     process = process_from_environment(environment)
     if process.world_size == 1:
         return Crew(process)
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    job = int(shared_store().add(f"bitpress/{attempt}/jobs", 1))
-    return Crew(process, open_board(process, job, attempt))
+    job = int(shared_store().add(f"bitpress/{attempt(environment)}/jobs", 1))
+    return Crew(process, open_board(process, job, environment))
 
 
 def _words(error: BaseException) -> str:

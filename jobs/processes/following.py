@@ -8,7 +8,7 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from jobs.logs import log_failure, logging_to
 from jobs.processes.board import Board, Dismissed, Failure, Order, open_board
 from jobs.processes.connection import is_lost_connection
 from jobs.processes.group import opened_group
+from jobs.processes.pulse import beating, spans_nodes
 from jobs.workspace import open_workspace
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ def follow(loaded: LoadedRecipe, job: int, *, parts: Collaborators | None = None
         RankLostError: the leader is gone.
         RankFailedError: this rank met an error, which the leader has said.
     """
-    board = board or open_board(launch.process_from_environment(), job, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    board = board or open_board(launch.process_from_environment(), job, os.environ)
     parts = parts or Collaborators()
     try:
-        with _silent(), _Report(board) as report:
+        with _silent(), _signs_of_life(board), _Report(board) as report:
             _work(loaded, parts, board, report)
     except Dismissed:
         well = False
@@ -183,6 +184,10 @@ class _Report:
                 self._board.say_goodbye()
                 raise RankFailedError("", exit_code(error)) from error
         self._board.put_failure(replace(self._posted, said_on=socket.gethostname()))
+
+
+def _signs_of_life(board: Board) -> AbstractContextManager[None]:
+    return beating(board.store, board.process.rank) if spans_nodes(os.environ) else nullcontext()
 
 
 @contextmanager
