@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Mapping
 
 from algorithms.registry import config_class, rows
-from configs.errors import RecipeError, RecipeProblem
+from configs.errors import ExitCode, RankFailedError, RecipeError, RecipeProblem
 from configs.loader import LoadedRecipe, load_recipe
 from jobs.command_line.arguments import Arguments
 from jobs.command_line.listing import JobEntry, list_jobs
 from jobs.execution.memory import naming_remedies
-from jobs.processes.environment import is_follower, ranks_to_start
+from jobs.processes.environment import is_follower, is_on_another_node, ranks_to_start
 
 
 def perform(arguments: Arguments) -> None:
@@ -78,12 +78,24 @@ def _follow(arguments: Arguments) -> None:
     try:
         recipes = _load(arguments)
     except RecipeError:  # rank 0 reads the same and says it
+        _leave(ExitCode.RECIPE)
         return
     from jobs.processes.following import follow
 
     for number, loaded in enumerate(recipes, start=1):
         if not follow(loaded, number):
+            _leave(ExitCode.FAILED)
             return
+
+
+def _leave(code: ExitCode) -> None:
+    """Leave a job that rank 0 has ended badly.
+
+    On rank 0's node without an error, which would have the launcher stop rank 0 before it has said why; on another node with
+    one, or the launcher there would wait for the others to succeed.
+    """
+    if is_on_another_node():
+        raise RankFailedError("", code)
 
 
 def _plan(loaded: LoadedRecipe, arguments: Arguments) -> None:

@@ -20,6 +20,11 @@ def is_follower(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("WORLD_SIZE", "1") != "1" and environment.get("RANK", "0") != "0"
 
 
+def is_on_another_node(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether rank 0 runs on another node than this process, under a launcher of its own."""
+    return environment.get("GROUP_RANK", "0") != "0"
+
+
 def is_one_of_many(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher started this process, alone or with others."""
     return "RANK" in environment and "WORLD_SIZE" in environment

@@ -136,6 +136,8 @@ def test_of_several_processes_only_rank_0_answers(recipe, monkeypatch, capsys, w
     for name in ("validate", "plan", "evaluate"):
         monkeypatch.delitem(jobs.command_line.commands._ACTIONS, name)
     assert program.main([words[0], "--yaml_path", recipe, *words[1:]]) == ExitCode.DONE
+    monkeypatch.setenv("GROUP_RANK", "1")  # another node's launcher has to hear that the job has failed
+    assert program.main([words[0], "--yaml_path", recipe, *words[1:]]) == (2 if "nope=1" in words else 0)
     assert capsys.readouterr() == ("", "")
 
 
