@@ -18,7 +18,7 @@ from algorithms.parallel.ranks import Ranks
 from configs.errors import RankFailedError, RankLostError
 from jobs.execution.interruption import ignore_stops
 from jobs.launch import process_from_environment
-from jobs.processes.board import Board, Order, attempt, open_board, shared_store
+from jobs.processes.board import Board, Failure, Order, attempt, open_board, shared_store
 from jobs.processes.connection import is_lost_connection
 from jobs.processes.group import opened_group
 
@@ -73,12 +73,9 @@ class Crew:
         if self._board is None:
             return
         try:
-            self._board.end(well=kind is None)
-            self._board.await_goodbyes(0 if self._guard.lost else SECONDS_FOR_GOODBYES)
-        except RuntimeError as problem:
-            if not is_lost_connection(problem):
-                raise
-            logger.info("The other ranks could not be told of the end: %s", problem)
+            with _store_may_be_gone():
+                self._board.end(well=kind is None)
+                self._board.await_goodbyes(0 if self._guard.lost else SECONDS_FOR_GOODBYES)
         finally:
             self._guard.undo()
 
@@ -102,34 +99,46 @@ class _Guard:
             return
         try:
             if isinstance(error, KeyboardInterrupt):
-                self._raise_what_stopped_this()
-            if isinstance(error, RankLostError | RankFailedError) or not is_lost_connection(error):
-                return
-            self.undo = ignore_stops()  # the launcher stops the ranks that are left, which the end of the job does as well
-            for _ in self._board.naps(SECONDS_FOR_WORDS):
-                self._board.raise_failure()
-            self.lost = True
-            raise RankLostError(
-                f"Another rank of the job is gone, or does not answer ({_words(error)}). What is finished is kept; "
-                "the same command resumes."
-            ) from error
+                # A launcher stops the other ranks when one has failed: the failure is what the user should hear of.
+                failure = self._failure()
+                if failure is not None and not failure.is_a_stop:
+                    raise failure.error()
+            elif is_lost_connection(error) and not isinstance(error, RankLostError | RankFailedError):
+                self.undo = ignore_stops()  # the launcher stops the ranks that are left, which the end of the job does as well
+                raise self._explanation(error) from error
         finally:
-            self._say_end()
+            with _store_may_be_gone():
+                self._board.end(well=False)
 
-    def _raise_what_stopped_this(self) -> None:
-        """A launcher stops the other ranks when one has failed: the failure is what the user should hear of."""
+    def _explanation(self, error: BaseException) -> RankLostError | RankFailedError:
+        """Why a connection broke: what a follower has noted, or else that nobody knows."""
         assert self._board is not None
-        failure = self._board.failure()
-        if failure is not None and not failure.is_a_stop:
-            raise failure.error()
+        for _ in self._board.naps(SECONDS_FOR_WORDS):
+            failure = self._failure()
+            if failure is not None:
+                return failure.error()
+        self.lost = True
+        return RankLostError(
+            f"Another rank of the job is gone, or does not answer ({_words(error)}). What is finished is kept; "
+            "the same command resumes."
+        )
 
-    def _say_end(self) -> None:
+    def _failure(self) -> Failure | None:
         assert self._board is not None
-        try:
-            self._board.end(well=False)
-        except RuntimeError as problem:
-            if not is_lost_connection(problem):
-                raise
+        with _store_may_be_gone():
+            return self._board.failure()
+        return None
+
+
+@contextmanager
+def _store_may_be_gone() -> Iterator[None]:
+    """Pass over a store that went down with the process that held it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        logger.debug("The other ranks cannot be reached any more: %s", error)
 
 
 def open_crew(environment: Mapping[str, str] = os.environ) -> Crew:

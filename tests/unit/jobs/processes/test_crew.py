@@ -1,4 +1,5 @@
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,16 @@ def test_other_errors_stay_what_they_are(boards, crew):
     boards.first.put_failure(Failure(rank=1, exit_code=75, message="stopped by SIGTERM"))
     for error in (DataError("no data"), JobInterrupted("stopped"), RuntimeError("a bug")):
         assert under_guard(crew, error) is error
+
+
+@pytest.mark.parametrize("error", [BROKEN, JobInterrupted("stopped by SIGTERM")])
+def test_a_store_that_is_gone_as_well_changes_nothing(boards, crew, error, monkeypatch):
+    def gone(keys):
+        raise dist.DistNetworkError("Broken pipe")
+
+    monkeypatch.setattr(boards.leader, "store", SimpleNamespace(check=gone))
+    found = under_guard(crew, error)
+    assert isinstance(found, RankLostError) if error is BROKEN else found is error
 
 
 @pytest.mark.parametrize(
