@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from configs.recipe import Recipe
 
 LAUNCHER = "BITPRESS_LAUNCHER"  # in the environment of ranks that a job started by itself: the process that did
+_LAUNCHERS_WORDS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", LAUNCHER),
+)
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -85,6 +89,15 @@ def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
     if os.getppid() != int(environment[LAUNCHER]):  # killed before the kernel knew
         signal.raise_signal(signal.SIGTERM)
+
+
+def without_ranks(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for a program that runs on its own, and must not take itself for one of several ranks."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _LAUNCHERS_WORDS and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def threads_for(ranks: int) -> int:

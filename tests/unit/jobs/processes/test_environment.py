@@ -11,6 +11,7 @@ from jobs.processes.environment import (
     ranks_to_start,
     set_for_ranks,
     threads_for,
+    without_ranks,
 )
 from tests.support.envelopes import envelope
 
@@ -80,3 +81,8 @@ def test_ranks_share_the_cores_unless_the_user_has_said_otherwise():
         assert chosen["OMP_NUM_THREADS"] == "7"
     cores = len(os.sched_getaffinity(0))
     assert [threads_for(1), threads_for(cores), threads_for(100 * cores)] == [cores, 1, 1]
+
+
+def test_a_program_that_runs_on_its_own_is_told_of_no_ranks():
+    given = TORCHRUN | {"MASTER_ADDR": "here", "TORCHELASTIC_RUN_ID": "1", LAUNCHER: "1", "HOME": "/root", "HF_HOME": "/hub"}
+    assert without_ranks(given) == {"HOME": "/root", "HF_HOME": "/hub"}
