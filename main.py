@@ -9,24 +9,25 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from configs.errors import CertificateError, DataError, ExitCode, MemoryShortageError, MissingEnvironmentError, RecipeError
+from configs.errors import EXIT_CODES, ExitCode, RankFailedError, exit_code
 from jobs.command_line.arguments import parse_arguments
 from jobs.command_line.commands import perform
 from jobs.execution.interruption import interruptible
+from jobs.processes.environment import end_with_launcher, is_follower, is_own_rank
 
-EXIT_CODES: Mapping[type[Exception], ExitCode] = {
-    RecipeError: ExitCode.RECIPE,
-    DataError: ExitCode.RECIPE,
-    MissingEnvironmentError: ExitCode.ENVIRONMENT,
-    MemoryShortageError: ExitCode.OUT_OF_MEMORY,
-    CertificateError: ExitCode.CERTIFICATE,
-}
+PROGRAM = Path(__file__).resolve()
 
 
-def main(argv: Sequence[str] | None = None) -> ExitCode:
+def main(argv: Sequence[str] | None = None, *, program: Path = PROGRAM) -> ExitCode:
     """Run the command line ``argv`` (this process's own by default).
+
+    Args:
+        argv: the words after the program's name.
+        program: the file that further processes of a job are started with.
 
     Returns:
         The exit code. An error that no user caused is not caught: its traceback is what helps, and Python exits with 1.
@@ -34,18 +35,24 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     argv = sys.argv[1:] if argv is None else argv
     # Threads that spin while they wait slow a busy machine a hundredfold; OpenMP reads this when torch is imported, later on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = parse_arguments(argv)
+    arguments = replace(parse_arguments(argv), program=program)
     try:
         with interruptible():
+            end_with_launcher()
             perform(arguments)
-    except tuple(EXIT_CODES) as error:
-        sys.stderr.write(f"{error}\n")
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    except KeyboardInterrupt:
-        command = shlex.join(["python", "main.py", *argv])
-        sys.stderr.write(f"\nInterrupted; what is finished is kept. To resume: {command}\n")
-        return ExitCode.INTERRUPTED
+    except (RankFailedError, *EXIT_CODES) as error:
+        code = exit_code(error)
+        # How a job on several processes was stopped is told once: by the process that started them, else by rank 0.
+        told = code is ExitCode.INTERRUPTED and (is_own_rank() or is_follower())
+        sys.stderr.write("" if told else _last_words(error, argv))
+        return code
     return ExitCode.DONE
+
+
+def _last_words(error: BaseException, argv: Sequence[str]) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return f"\nInterrupted; what is finished is kept. To resume: {shlex.join(['python', 'main.py', *argv])}\n"
+    return f"{error}\n" if str(error) else ""
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -13,6 +13,7 @@ class ExitCode(IntEnum):
     """What a finished command tells its caller."""
 
     DONE = 0
+    FAILED = 1
     RECIPE = 2
     ENVIRONMENT = 3
     OUT_OF_MEMORY = 4
@@ -94,6 +95,39 @@ class MemoryShortageError(RuntimeError):
 
 class CertificateError(RuntimeError):
     """A written format that its own client reads differently, or a quality gate that was not met."""
+
+
+class RankLostError(RuntimeError):
+    """One of the processes that share a job is gone, or cannot be reached. What is finished is kept, and a new run resumes."""
+
+
+class RankFailedError(RuntimeError):
+    """One of the processes that share a job ended with an error of its own.
+
+    ``exit_code`` is what that error ends a command with. The message is empty where the error has been said already.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        self.exit_code = ExitCode(exit_code) if exit_code in list(ExitCode) else ExitCode.FAILED
+        super().__init__(message)
+
+
+EXIT_CODES: Mapping[type[BaseException], ExitCode] = {
+    RecipeError: ExitCode.RECIPE,
+    DataError: ExitCode.RECIPE,
+    MissingEnvironmentError: ExitCode.ENVIRONMENT,
+    MemoryShortageError: ExitCode.OUT_OF_MEMORY,
+    CertificateError: ExitCode.CERTIFICATE,
+    RankLostError: ExitCode.INTERRUPTED,
+    KeyboardInterrupt: ExitCode.INTERRUPTED,
+}
+
+
+def exit_code(error: BaseException) -> ExitCode:
+    """What an error ends a command with; FAILED for one that no user caused."""
+    if isinstance(error, RankFailedError):
+        return error.exit_code
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), ExitCode.FAILED)
 
 
 def shown(value: object) -> str:

@@ -23,11 +23,12 @@ from jobs.texts.token_lists import check_vocabulary, first_sequences, read_token
 from jobs.texts.windows import Corpus, Selection, choose, joined, split_validation
 from jobs.workspace import Workspace, open_workspace
 
-__all__ = ["TokenSets", "corpus_tokens", "load_tokens", "tokens_key"]
+__all__ = ["UNSCORED", "TokenSets", "corpus_tokens", "load_tokens", "tokens_key"]
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the rules that make sequences of a text; part of every key
+UNSCORED = "unscored"  # asks for a part of a text that no reported figure is measured on
 BLANK_LINE = "\n\n"  # between the rows of a text that is known to CORPORA alone
 
 
@@ -54,7 +55,13 @@ def load_tokens(recipe: Recipe, request: TokenRequest, source: ModelSource, work
     if cached is not None:
         return cached
     selection, tokenizer = _select(location, recipe, request, source, workspace)
-    train, validation = split_validation(request.num_samples, request.validation_samples, request.seed)
+    count = len(selection.sequences)
+    if count <= request.validation_samples:
+        raise DataError(
+            f"{location.origin}: {count} sequences, and val_size={request.validation_samples} of them held out leave none to "
+            "work on. Lower val_size, or name more text (DATA_PATH, DATASET_NAME, SPLIT)."
+        )
+    train, validation = split_validation(count, request.validation_samples, request.seed)
     sets = TokenSets(
         train=tuple(selection.sequences[index] for index in train),
         validation=tuple(selection.sequences[index] for index in validation),
@@ -76,21 +83,22 @@ def corpus_tokens(name: str, recipe: Recipe, source: ModelSource, workspace: Wor
     """The text that a corpus is scored on, as one run of tokens ``[n]`` int64.
 
     Local files under CORPORA come first, the hub second. ``"test"`` stands for the part that the corpus is always scored on,
-    which for ptb and c4 is their validation split. A text that is known only to CORPORA: its rows joined by blank lines, a
-    ``.txt`` file as it stands.
+    which for ptb and c4 is their validation split; ``UNSCORED`` for another part (validation, else train) where the text has
+    one. A text that is known only to CORPORA: its rows joined by blank lines, a ``.txt`` file as it stands.
 
     Raises:
         DataError: No such corpus or split, or (pajama) one that is not for scoring.
     """
     location = locate_corpus(recipe, name)
     card = location.card
-    _warn_of_shared_files(name, location, recipe, workspace)
+    if split != UNSCORED:
+        _warn_of_shared_files(name, location, recipe, workspace)
     if location.kind == "tokens":
         sequences = read_token_list(tuple(path for paths in location.files.values() for path in paths), location.origin)
         check_vocabulary(sequences, source.vocab_size, source.name, location.origin)
         return torch.cat([tokens.flatten() for tokens in sequences])
     encode = Encoder(source)
-    texts = open_documents(location, recipe, workspace.cache_dir, split=_scored_split(location, split))
+    texts = open_documents(location, recipe, workspace.cache_dir, split=_split(location, split))
     length = (recipe.evaluation or EvaluationConfig()).sequence_length
     if card is not None and card.name == "c4":
         return c4_evaluation(texts, encode, length, location.origin)
@@ -145,16 +153,20 @@ def _chosen(selection: Selection) -> dict[str, object]:
     }
 
 
-def _scored_split(location: TextLocation, split: str) -> str:
-    """The split that ``"test"`` means for this text; another name is taken as it stands."""
+def _split(location: TextLocation, split: str) -> str:
+    """The split that ``"test"`` or ``UNSCORED`` means for this text; another name is taken as it stands."""
     card = location.card
     if card is not None and card.evaluation_split is None:
         raise DataError(f"EVALUATION: {card.name} has no text for scoring. Use wikitext2, ptb or c4, or a text under CORPORA.")
-    if split != "test":
+    if split not in ("test", UNSCORED):
         return split
     usual = card.evaluation_split if card is not None and card.evaluation_split is not None else "test"
     local = [part for part in (usual, "test", "validation") if part in location.files]
-    return local[0] if local else usual
+    scored = local[0] if local else usual
+    if split == "test":
+        return scored
+    there = [part for part in ("validation", "train", "test") if not location.files or part in location.files]
+    return next((part for part in there if part != scored), scored)
 
 
 def _warn_of_shared_files(name: str, scored: TextLocation, recipe: Recipe, workspace: Workspace) -> None:

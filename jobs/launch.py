@@ -10,6 +10,7 @@ import torch
 
 from algorithms.base import Process
 from configs.errors import DataError, MissingEnvironmentError
+from jobs.processes.environment import visible_devices
 
 _NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
 
@@ -34,23 +35,6 @@ def process_from_environment(environment: Mapping[str, str] = os.environ) -> Pro
 _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
-def require_one_process(process: Process, num_processes: int | None = None) -> None:
-    """Refuse what this version cannot do.
-
-    Raises:
-        MissingEnvironmentError: several processes were started, or the recipe asks for them.
-    """
-    if process.world_size > 1:
-        raise MissingEnvironmentError(
-            f"This job was started as {process.world_size} processes; this version computes with one. "
-            "Start it as `python main.py ...`, or with `torchrun --nproc-per-node=1`."
-        )
-    if num_processes is not None and num_processes > 1:
-        raise MissingEnvironmentError(
-            f"NUM_PROCESSES: {num_processes} asks for several processes; this version computes with one. Leave the key out."
-        )
-
-
 def apply_visible_devices(cuda_id: Sequence[int], environment: MutableMapping[str, str] = os.environ) -> str | None:
     """Show this process only the devices of CUDA_ID, in that order; call it before anything initialises CUDA.
 
@@ -62,7 +46,7 @@ def apply_visible_devices(cuda_id: Sequence[int], environment: MutableMapping[st
     """
     if not cuda_id:
         return None
-    wanted = ",".join(str(number) for number in cuda_id)
+    wanted = visible_devices(cuda_id)
     given = environment.get("CUDA_VISIBLE_DEVICES")
     if given is not None and given != wanted:
         return f"CUDA_ID: {wanted} is ignored: CUDA_VISIBLE_DEVICES={given} was set from outside."

@@ -13,7 +13,7 @@ import yaml
 
 from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json, atomic_write_text
-from configs.errors import CertificateError, DataError
+from configs.errors import CertificateError, DataError, RankLostError
 from configs.loader import LoadedRecipe
 from jobs import launch
 from jobs.evaluation import CorpusFigures, Texts, describe, load_texts
@@ -25,6 +25,8 @@ from jobs.execution.stage import Job, run_stage
 from jobs.logs import log_failure, logging_to
 from jobs.manifest import ManifestFile, RunRecord, Status, read_manifest
 from jobs.planning import Action, Plan
+from jobs.processes.crew import Crew
+from jobs.processes.environment import note_on_processes
 from jobs.reporting.plan_text import JobPlan, describe_job
 from jobs.reporting.summary import Summary, as_tables, as_text
 from jobs.results.publishing import check_target
@@ -46,26 +48,29 @@ class JobResult:
     figures: tuple[CorpusFigures, ...] = ()
 
 
-def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None) -> JobResult:
+def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: Crew | None = None) -> JobResult:
     """Run a recipe to its end, from wherever an earlier run of the same job has got to.
 
     Args:
         loaded: the recipe.
         parts: what the runner works with; the real collaborators by default.
+        crew: the processes that share the stages that can be shared; this one alone by default.
 
     Raises:
         DataError: something in the recipe, the data, the model or the job folder that the user can put right.
-        MissingEnvironmentError: several processes were started.
+        RankLostError: one of several processes is gone.
+        RankFailedError: one of several processes met an error of its own.
         CertificateError: an exported format is read differently by its client; everything else was written.
         JobInterrupted: SIGTERM or Ctrl-C; a ``KeyboardInterrupt`` whose message says how to resume.
     """
     parts = parts or Collaborators()
+    crew = crew or Crew()
     if loaded.parameters.evaluate_only:
         return evaluate_only(loaded, parts=parts)
     refusal = loaded.parameters.refusal(loaded.recipe.stages)
     if refusal is not None:  # before a model is fetched for nothing
         raise DataError(refusal)
-    with _opened(loaded, parts) as (materials, job), _Run(job, loaded, materials.run):
+    with _opened(loaded, parts, crew) as (materials, job), _Run(job, loaded, materials.run):
         texts = _texts(job)
         plan = materials.verified_plan(job.manifest.current)
         materials.preflight(plan)
@@ -96,7 +101,7 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
         DataError: the recipe names no texts under EVALUATION, or the folder holds no model.
     """
     parts = parts or Collaborators()
-    with _opened(loaded, parts) as (materials, job):
+    with _opened(loaded, parts, Crew()) as (materials, job):
         texts = _texts(job)
         if texts is None:
             raise DataError("EVALUATION names no texts; to evaluate, write for example EVALUATION: {perplexity: [wikitext2]}.")
@@ -105,7 +110,7 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
         record = {
             "model": str(directory or job.source.name),
             "key": texts.key(None if stored is None else stored.digest),
-            "versions": versions(),
+            "versions": versions(job.crew.size),
         }
         atomic_write_json(job.workspace.job_dir / EVALUATION_FILE, {**record, **measured.record()})
         shown = "\n".join(describe(figures) for figures in measured.figures)
@@ -138,17 +143,15 @@ def _execute(materials: Materials, job: Job, plan: Plan, texts: Texts | None) ->
 
 
 @contextmanager
-def _opened(loaded: LoadedRecipe, parts: Collaborators) -> Iterator[tuple[Materials, Job]]:
+def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[tuple[Materials, Job]]:
     """Device, folders, log, lock and manifest of a job; all given back on leaving, the manifest told how it ended."""
     recipe = loaded.recipe
-    process = launch.process_from_environment()
-    launch.require_one_process(process, recipe.num_processes)
-    note = launch.apply_visible_devices(recipe.cuda_id)
+    notes = (note_on_processes(recipe), launch.apply_visible_devices(recipe.cuda_id))
     workspace = open_workspace(recipe)
     check_target(workspace.job_dir, read_manifest(workspace.manifest_path).published)
     workspace.create()
-    with logging_to(workspace.logs_dir, process, parts.terminal), parts.lock(workspace), interruptible():
-        for warning in (*loaded.warnings, *([note] if note else [])):
+    with logging_to(workspace.logs_dir, crew.process, parts.terminal), parts.lock(workspace), interruptible():
+        for warning in (*loaded.warnings, *(note for note in notes if note)):
             logger.warning("%s", warning)
         manifest = ManifestFile(workspace.manifest_path)
         source = parts.resolve_model(recipe, workspace)
@@ -160,8 +163,8 @@ def _opened(loaded: LoadedRecipe, parts: Collaborators) -> Iterator[tuple[Materi
             algorithm=materials.algorithm,
             manifest=manifest,
             parts=parts,
-            process=process,
-            device=launch.choose_device(process),
+            crew=crew,
+            device=launch.choose_device(crew.process),
             run_id=materials.run.id,
             data=describe_data(recipe),
         )
@@ -183,7 +186,7 @@ class _Run:
             recipe_digest=recipe_digest(self._loaded),
             model={"name": job.source.name, "digest": job.source.digest, "parameters": job.source.num_parameters},
             paths=_paths(job.workspace, job.source.directory),
-            versions=versions(),
+            versions=versions(job.crew.size),
             run=self._record,
             warnings=self._loaded.warnings,
         )
@@ -191,11 +194,14 @@ class _Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         status = Status.FINISHED
         if kind is not None and not issubclass(kind, CertificateError):  # a verdict is an end, not a stop on the way
-            status = Status.INTERRUPTED if issubclass(kind, KeyboardInterrupt) else Status.FAILED
+            stopped = issubclass(kind, KeyboardInterrupt | RankLostError)
+            status = Status.INTERRUPTED if stopped else Status.FAILED
         self._job.manifest.close_run(status)
         if status is Status.FAILED and error is not None:
             log_failure(error)
-        if status is Status.INTERRUPTED:
+        if isinstance(error, RankLostError):
+            log_failure(error)
+        elif status is Status.INTERRUPTED:
             message = "Interrupted; what is finished is kept. The same command resumes where it stopped."
             logger.warning("%s", message)
             raise JobInterrupted(message) from error

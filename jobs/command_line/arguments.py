@@ -29,13 +29,17 @@ class RecipeFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line asks for. ``directory`` is evaluate's, ``user_folder`` is ls's."""
+    """What the command line asks for. ``directory`` is evaluate's, ``user_folder`` is ls's.
+
+    ``program`` is the file that was started, and that further processes of a job are started with.
+    """
 
     command: str
     files: tuple[RecipeFile, ...] = ()
     overrides: tuple[str, ...] = ()
     directory: Path | None = None
     user_folder: Path = Path("user_data")
+    program: Path = Path("main.py")
 
 
 class _AddFiles(argparse.Action):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 from algorithms.registry import config_class, rows
-from configs.errors import MemoryShortageError, RecipeError, RecipeProblem
-from configs.loader import BLOCK, LoadedRecipe, load_recipe
+from configs.errors import ExitCode, RankFailedError, RecipeError, RecipeProblem
+from configs.loader import LoadedRecipe, load_recipe
 from jobs.command_line.arguments import Arguments
 from jobs.command_line.listing import JobEntry, list_jobs
-
-OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+from jobs.execution.memory import naming_remedies
+from jobs.processes.environment import is_follower, is_on_another_node, ranks_to_start
 
 
 def perform(arguments: Arguments) -> None:
@@ -24,13 +23,18 @@ def perform(arguments: Arguments) -> None:
         MissingEnvironmentError: something that this machine lacks.
         MemoryShortageError: a job did not fit into memory.
         CertificateError: a written format is not what its client reads.
+        RankLostError: one of the processes that share a job is gone.
+        RankFailedError: one of them met an error of its own.
     """
+    if is_follower():
+        _follow(arguments)
+        return
     if arguments.command == "ls":
         _list(arguments)
         return
     action = _ACTIONS[arguments.command]
     for loaded in _load(arguments):
-        with _naming_remedies(loaded):
+        with naming_remedies(loaded):
             action(loaded, arguments)
 
 
@@ -49,9 +53,49 @@ def _load(arguments: Arguments) -> list[LoadedRecipe]:
 
 
 def _run(loaded: LoadedRecipe, arguments: Arguments) -> None:
+    ranks = 1 if loaded.parameters.evaluate_only else ranks_to_start(loaded.recipe)
+    if ranks > 1:
+        from jobs.processes.launcher import start_ranks
+
+        option = "--json_path" if _is_json(loaded, arguments) else "--yaml_path"
+        start_ranks(ranks, [str(arguments.program), option, str(loaded.file), *loaded.overrides])
+        return
+    from jobs.processes.crew import open_crew
     from jobs.runner import run_job
 
-    run_job(loaded)
+    with open_crew() as crew:
+        run_job(loaded, crew=crew)
+
+
+def _is_json(loaded: LoadedRecipe, arguments: Arguments) -> bool:
+    return any(file.as_json for file in arguments.files if file.path == loaded.file)
+
+
+def _follow(arguments: Arguments) -> None:
+    """What a process does that another one leads. Only a job is shared; of all else, rank 0 tells the user."""
+    if arguments.command != "run":
+        return
+    try:
+        recipes = _load(arguments)
+    except RecipeError:  # rank 0 reads the same and says it
+        _leave(ExitCode.RECIPE)
+        return
+    from jobs.processes.following import follow
+
+    for number, loaded in enumerate(recipes, start=1):
+        if not follow(loaded, number):
+            _leave(ExitCode.FAILED)
+            return
+
+
+def _leave(code: ExitCode) -> None:
+    """Leave a job that rank 0 has ended badly.
+
+    On rank 0's node without an error, which would have the launcher stop rank 0 before it has said why; on another node with
+    one, or the launcher there would wait for the others to succeed.
+    """
+    if is_on_another_node():
+        raise RankFailedError("", code)
 
 
 def _plan(loaded: LoadedRecipe, arguments: Arguments) -> None:
@@ -97,32 +141,3 @@ def _job_lines(job: JobEntry) -> list[str]:
 def _say(lines: list[str]) -> None:
     """Write a command's answer. Jobs talk through jobs.logs, which imports torch; these answers should not wait for it."""
     sys.stdout.write("\n".join(lines) + "\n")
-
-
-@contextmanager
-def _naming_remedies(loaded: LoadedRecipe) -> Iterator[None]:
-    """Turn the several ways of running out of memory into one error that names the overrides that help."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_memory_shortage(error):
-            raise
-        raise MemoryShortageError(_remedies(loaded, error)) from error
-
-
-def _is_memory_shortage(error: MemoryError | RuntimeError) -> bool:
-    """Whether torch or Python ran out of memory. Torch's CPU allocator raises a plain RuntimeError, told by its words."""
-    kind = type(error)
-    by_type = isinstance(error, MemoryError) or (kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch"))
-    return by_type or any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
-
-
-def _remedies(loaded: LoadedRecipe, error: BaseException) -> str:
-    overrides = loaded.parameters.memory_remedies()
-    lines = [f"{loaded.file}: the job ran out of memory ({' '.join(str(error).split())[:200] or type(error).__name__})."]
-    if overrides:
-        lines.append("What is finished is kept. Run the same command again with one of these, the first that you can:")
-        lines.extend(f"  {BLOCK}.{loaded.recipe.algorithm}.{override}" for override in overrides)
-    else:
-        lines.append("What is finished is kept. Run the same command again on a machine with more memory.")
-    return "\n".join(lines)

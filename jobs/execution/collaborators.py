@@ -40,6 +40,19 @@ class Tokens(Protocol):
         """What was chosen, for the manifest."""
 
 
+class CorpusTokens(Protocol):
+    """The text that a corpus is scored on, or the named ``split`` of it, as one run of tokens [n] int64."""
+
+    def __call__(self, name: str, recipe: Recipe, source: ModelSource, workspace: Workspace, *, split: str = ...) -> Tensor:
+        """Read and tokenise it."""
+        ...
+
+
+def open_model(directory: Path, name: str, trust_remote_code: bool) -> ModelSource:
+    """A model that another process of the same job has found."""
+    return ModelSource(directory, name=name, trust_remote_code=trust_remote_code)
+
+
 def load_dense(directory: Path, trust_remote_code: bool) -> nn.Module:
     """A Hugging Face folder as a float32 model in evaluation mode."""
     shown = transformers_logging.is_progress_bar_enabled()
@@ -61,7 +74,8 @@ class Collaborators:
     resolve_model: Callable[[Recipe, Workspace], ModelSource] = models.resolve_model
     tokens_key: Callable[[Recipe, TokenRequest, ModelSource], str] = datasets.tokens_key
     load_tokens: Callable[[Recipe, TokenRequest, ModelSource, Workspace], Tokens] = datasets.load_tokens
-    corpus_tokens: Callable[[str, Recipe, ModelSource, Workspace], Tensor] = datasets.corpus_tokens
+    open_model: Callable[[Path, str, bool], ModelSource] = open_model
+    corpus_tokens: CorpusTokens = datasets.corpus_tokens
     load_dense: Callable[[Path, bool], nn.Module] = load_dense
     perplexity: Callable[[nn.Module, Tensor, int], evaluation.Perplexity] = evaluation.perplexity
     compare: Callable[[nn.Module, nn.Module, Tensor, int], evaluation.Comparison] = evaluation.compare

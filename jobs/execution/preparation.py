@@ -169,8 +169,8 @@ def describe_data(recipe: Recipe) -> str:
     return f"{name}{f' ({recipe.dataset_subname})' if recipe.dataset_subname else ''}, split {recipe.split}"
 
 
-def versions() -> dict[str, object]:
-    """What the result depends on beside the recipe."""
+def versions(processes: int) -> dict[str, object]:
+    """What the result depends on beside the recipe, and what it was computed with."""
     project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]
     return {
         "bitpress": project["version"],
@@ -179,6 +179,7 @@ def versions() -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
     }
 
 

@@ -16,16 +16,19 @@ from typing import Self
 
 import torch
 
-from algorithms.base import Artifact, CompressionAlgorithm, Process, StageContext, StageSpec
+from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelError, ModelSource
-from configs.errors import DataError
+from configs.errors import DataError, RankLostError
 from configs.recipe import Recipe
 from jobs.execution.collaborators import Collaborators, Tokens
 from jobs.execution.resources import Meter, Usage
+from jobs.execution.stage_texts import evaluation_on, stage_texts
 from jobs.logs import duration
 from jobs.manifest import ManifestFile, StageRecord, Status, now
 from jobs.planning import PlannedStage
+from jobs.processes.board import Order
+from jobs.processes.crew import Crew
 from jobs.results.artifacts import describe_folder, remove_folder, replace_folder, table_digest
 from jobs.results.keys import request_record
 from jobs.workspace import Workspace
@@ -47,7 +50,7 @@ class Job:
     algorithm: CompressionAlgorithm
     manifest: ManifestFile
     parts: Collaborators
-    process: Process
+    crew: Crew
     device: torch.device
     run_id: str
     data: str
@@ -83,13 +86,43 @@ def run_stage(job: Job, planned: PlannedStage, given: Artifact) -> Artifact:
     logger.info("Stage %s: %s", spec.name, "resumes" if resumed else "starts")
     try:
         with _Attempt(job.manifest, spec.name, record) as attempt:
-            _run(spec, _context(job, spec, tokens, output, scratch, attempt), given)
+            _run(job, spec, _context(job, spec, tokens, output, scratch, attempt), given)
     finally:
         remove_folder(scratch)
     return _finish(job, planned, attempt.closed(Status.FINISHED), output)
 
 
-def _run(spec: StageSpec, context: StageContext, given: Artifact) -> None:
+def _run(job: Job, spec: StageSpec, context: StageContext, given: Artifact) -> None:
+    """On this process alone, or on all of them if the stage can."""
+    texts = stage_texts(spec, job.recipe, job.source, job.workspace, job.parts) if spec.evaluates else {}
+    crew = job.crew if spec.distributed else Crew()
+    with crew.stage(_order(job, spec, context, given), job.device) as ranks:
+        if ranks.size > 1:
+            logger.info("Stage %s: %d processes, this one on %s", spec.name, ranks.size, job.device)
+        evaluate = evaluation_on(spec, ranks.from_main(texts), job.parts) if spec.evaluates else None
+        run_spec(spec, replace(context, ranks=ranks, evaluate=evaluate), given)
+
+
+def _order(job: Job, spec: StageSpec, context: StageContext, given: Artifact) -> Order:
+    return Order(
+        stage=spec.name,
+        model_directory=str(job.source.directory),
+        model_name=job.source.name,
+        trust_remote_code=job.source.trust_remote_code,
+        given_kind=given.kind,
+        given_directory=str(given.directory),
+        given_digest=given.digest,
+        output_dir=str(context.output_dir),
+        scratch_dir=str(context.scratch_dir),
+    )
+
+
+def run_spec(spec: StageSpec, context: StageContext, given: Artifact) -> None:
+    """Call the plugin.
+
+    Raises:
+        DataError: the model cannot be used as it is.
+    """
     try:
         spec.run(context, given)
     except ModelError as error:
@@ -205,7 +238,7 @@ class _Attempt:
         self._meter.__exit__(kind, error, trace)
         logging.getLogger().removeHandler(self._warnings)
         if kind is not None:
-            status = Status.INTERRUPTED if issubclass(kind, KeyboardInterrupt) else Status.FAILED
+            status = Status.INTERRUPTED if issubclass(kind, KeyboardInterrupt | RankLostError) else Status.FAILED
             self._manifest.record(self._name, self.closed(status))
 
     def beat(self) -> None:

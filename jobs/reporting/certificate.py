@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from jobs.processes.environment import without_ranks
 from jobs.results.artifacts import remove_folder
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def compare_outputs(ours: Tensor, logits: Tensor, greedy: Tensor) -> tuple[float
 def _run_client(arguments: Sequence[str], log: Path) -> tuple[Verdict, str] | None:
     """Run a client; None when it answered."""
     environment = {
-        **os.environ,
+        **without_ranks(os.environ),
         "NUMBA_NUM_THREADS": "1",  # the aqlm package's numba kernel races with more
         "CUDA_VISIBLE_DEVICES": "",  # its CUDA kernels take half precision alone and are compiled at the first forward
         # Threads that wait by spinning made small products 100 times slower on a 2-core machine with another busy process.

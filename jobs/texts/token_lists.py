@@ -55,19 +55,18 @@ def check_vocabulary(sequences: list[Tensor], vocab_size: int, model: str, origi
 
 
 def first_sequences(sequences: list[Tensor], request: TokenRequest, origin: str) -> Selection:
-    """The first N sequences, at their own lengths.
+    """The first N sequences, or all where no number is asked for, at their own lengths.
 
     Raises:
         DataError: There are fewer.
     """
-    if len(sequences) < request.num_samples:
-        raise DataError(
-            f"{origin}: the list has {len(sequences)} sequences, but nsamples={request.num_samples}. Lower nsamples."
-        )
+    wanted = len(sequences) if request.num_samples is None else request.num_samples
+    if len(sequences) < wanted:
+        raise DataError(f"{origin}: the list has {len(sequences)} sequences, but nsamples={wanted}. Lower nsamples.")
     return Selection(
-        sequences=tuple(sequences[: request.num_samples]),
-        places=tuple((index, 0) for index in range(request.num_samples)),
-        method="the first sequences of a token list",
+        sequences=tuple(sequences[:wanted]),
+        places=tuple((index, 0) for index in range(wanted)),
+        method="the first sequences of a token list" if request.num_samples is not None else "all sequences of a token list",
         counts={"documents": len(sequences)},
     )
 

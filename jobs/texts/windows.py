@@ -1,7 +1,8 @@
 """Which pieces of text become calibration sequences: seeded, recorded, never the same piece twice.
 
 Every choice has its own generator, derived from (seed, purpose, index), so that no choice depends on what was drawn before
-it. Legend: N = number of sequences that are asked for, L = tokens of one sequence, ``tokens`` [n] int64 of one document.
+it. Legend: N = number of sequences that are asked for (None: all there are), L = tokens of one sequence, ``tokens`` [n] int64
+of one document.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from configs.errors import DataError
 BATCH_DOCUMENTS = 64
 EFFORT = 32  # tokens looked at while searching long documents, as a multiple of N * L; beyond it documents are packed
 _REMEDY = "Lower nsamples or model_seqlen, or name more text (DATA_PATH, DATASET_NAME, SPLIT)."
+_REMEDY_WITHOUT_COUNT = "Lower model_seqlen, or name more text (DATA_PATH, DATASET_NAME, SPLIT)."
 SPECIAL_TOKENS = 4  # more than any tokenizer adds to one document
 
 
@@ -90,7 +92,7 @@ def choose(corpus: Corpus, request: TokenRequest, *, documents_only: bool = Fals
 
     Unpacked: each document is one sequence, cut at L. Packed: a random window from each of N documents that are long enough;
     where those are too few, further windows of the same documents if most documents are long, else all documents end to end
-    with the separator between them, cut into windows.
+    with the separator between them, cut into windows. Without an N, packed text is all documents end to end, cut into windows.
 
     Args:
         corpus: The documents.
@@ -103,35 +105,46 @@ def choose(corpus: Corpus, request: TokenRequest, *, documents_only: bool = Fals
     order = permutation(len(corpus.texts), request.seed, "document")
     if not request.packed:
         return _one_per_document(corpus, request, order)
-    search = _search_long(corpus, request, order, bounded=not documents_only)
-    missing = request.num_samples - len(search.pieces)
+    if request.num_samples is None:
+        return _everything(corpus, request, order)
+    return _drawn_windows(corpus, request, order, request.num_samples, documents_only=documents_only)
+
+
+def _drawn_windows(corpus: Corpus, request: TokenRequest, order: Tensor, wanted: int, *, documents_only: bool) -> Selection:
+    search = _search_long(corpus, request, order, wanted, bounded=not documents_only)
+    missing = wanted - len(search.pieces)
     mostly_long = documents_only or (search.complete and 2 * len(search.lengths) >= len(order))
     capacity = sum(length // request.sequence_length for length in search.lengths.values())
-    if missing == 0 or (mostly_long and capacity >= request.num_samples):
+    if missing == 0 or (mostly_long and capacity >= wanted):
         pieces = search.pieces + _further_windows(corpus, request, search.lengths, missing)
         return _selection(pieces, "a random window of a long enough document", _counts(corpus, long_enough=len(search.lengths)))
     if documents_only:
         raise _too_few_long(corpus, request, len(search.lengths), capacity)
-    return _packed(corpus, request, order)
+    return _packed(corpus, request, order, wanted)
 
 
 def joined(tokens: Tensor, request: TokenRequest, origin: str) -> Selection:
     """N windows of one long text ``tokens`` [n]: disjoint ones, or, where there are too few, ones with distinct starts.
 
+    Without an N, all disjoint windows.
+
     Raises:
-        DataError: Fewer than N distinct windows exist.
+        DataError: Fewer than N distinct windows exist, or none.
     """
     window, count = request.sequence_length, tokens.numel()
-    starts = window_starts(count, window, request.seed, 0)[: request.num_samples]
-    overlapping = len(starts) < request.num_samples
+    wanted = max(1, count // window) if request.num_samples is None else request.num_samples
+    starts = window_starts(count, window, request.seed, 0)[:wanted]
+    overlapping = len(starts) < wanted
     if overlapping:
         distinct = max(0, count - window + 1)
-        if distinct < request.num_samples:
+        if distinct < wanted:
+            lower = "model_seqlen" if request.num_samples is None else "nsamples or model_seqlen"
+            needed = "one window" if request.num_samples is None else f"nsamples={wanted} windows"
             raise DataError(
-                f"{origin}: the text has {count} tokens, too few for nsamples={request.num_samples} windows of "
-                f"model_seqlen={window}. Lower nsamples or model_seqlen, or name a longer text (DATASET_NAME, SPLIT, CORPORA)."
+                f"{origin}: the text has {count} tokens, too few for {needed} of model_seqlen={window}. Lower {lower}, or name "
+                "a longer text (DATASET_NAME, SPLIT, CORPORA)."
             )
-        starts = permutation(distinct, request.seed, "overlapping window")[: request.num_samples].tolist()
+        starts = permutation(distinct, request.seed, "overlapping window")[:wanted].tolist()
     return Selection(
         sequences=tuple(tokens[start : start + window].clone()[None] for start in starts),
         places=tuple((0, start) for start in starts),
@@ -166,17 +179,17 @@ def _most_tokens(text: str) -> int:
     return len(text.encode(errors="replace")) + SPECIAL_TOKENS
 
 
-def _search_long(corpus: Corpus, request: TokenRequest, order: Tensor, *, bounded: bool) -> _Search:
+def _search_long(corpus: Corpus, request: TokenRequest, order: Tensor, wanted: int, *, bounded: bool) -> _Search:
     search, seen, window = _Search(), 0, request.sequence_length
-    limit = EFFORT * request.num_samples * window
-    searched = order[: BATCH_DOCUMENTS * (EFFORT + request.num_samples)] if bounded else order
+    limit = EFFORT * wanted * window
+    searched = order[: BATCH_DOCUMENTS * (EFFORT + wanted)] if bounded else order
     for document, tokens in _drawn(corpus, searched, window + corpus.longer_than):
         seen += tokens.numel()
         if tokens.numel() >= window + corpus.longer_than:
             search.lengths[document] = tokens.numel()
             start = window_starts(tokens.numel(), window, request.seed, document)[0]
             search.pieces.append((document, start, tokens[start : start + window].clone()))
-        if len(search.pieces) == request.num_samples or (bounded and seen > limit):
+        if len(search.pieces) == wanted or (bounded and seen > limit):
             return search
     search.complete = len(searched) == len(order)
     return search
@@ -203,26 +216,39 @@ def _further_windows(
     return [(document, start, found[document, start]) for document, start in wanted]
 
 
-def _packed(corpus: Corpus, request: TokenRequest, order: Tensor) -> Selection:
+def _packed(corpus: Corpus, request: TokenRequest, order: Tensor, wanted: int) -> Selection:
     """Documents end to end: at most L tokens of each as long as that is enough, else all of each."""
-    window, needed, total = request.sequence_length, request.num_samples * request.sequence_length, 0
-    for longest in (window, None):
-        parts, places = _stream(corpus, request, order, longest)
+    window, needed, total = request.sequence_length, wanted * request.sequence_length, 0
+    for longest, enough in ((window, needed), (None, None)):
+        parts, places = _stream(corpus, request.seed, order, longest, enough)
         total = sum(part.numel() for part in parts)
         if total >= needed:
             return _cut_stream(corpus, request, torch.cat(parts), places)
     raise DataError(
         f"{corpus.origin}: {len(order)} documents with {total} tokens make {total // window} sequences of model_seqlen={window}"
-        f", but nsamples={request.num_samples}. {_REMEDY}"
+        f", but nsamples={wanted}. {_REMEDY}"
     )
 
 
+def _everything(corpus: Corpus, request: TokenRequest, order: Tensor) -> Selection:
+    """All documents end to end; only what is left over at the end of the last window is dropped."""
+    parts, places = _stream(corpus, request.seed, order, None, None)
+    total = sum(part.numel() for part in parts)
+    if total < request.sequence_length:
+        raise DataError(
+            f"{corpus.origin}: {len(order)} documents with {total} tokens make no sequence of "
+            f"model_seqlen={request.sequence_length}. {_REMEDY_WITHOUT_COUNT}"
+        )
+    return _cut_stream(corpus, request, torch.cat(parts), places)
+
+
 def _stream(
-    corpus: Corpus, request: TokenRequest, order: Tensor, longest: int | None
+    corpus: Corpus, seed: int, order: Tensor, longest: int | None, enough: int | None
 ) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
     """Documents with separators between them, and where each stands: (place in the stream, document, first token taken).
 
-    With ``longest``, a document gives a random stretch of at most that many tokens, and no more are read than are needed.
+    With ``longest``, a document gives a random stretch of at most that many tokens; with ``enough``, no more documents are read
+    than give that many.
     """
     parts: list[Tensor] = []
     places: list[tuple[int, int, int]] = []
@@ -230,7 +256,7 @@ def _stream(
     for document, tokens in _drawn(corpus, order):
         start = 0
         if longest is not None and tokens.numel() > longest:
-            start = window_starts(tokens.numel(), longest, request.seed, document)[0]
+            start = window_starts(tokens.numel(), longest, seed, document)[0]
             tokens = tokens[start : start + longest]
         if parts and corpus.separator is not None and int(parts[-1][-1]) != corpus.separator:
             parts.append(torch.tensor([corpus.separator]))
@@ -238,13 +264,13 @@ def _stream(
         places.append((total, document, start))
         parts.append(tokens.clone())
         total += tokens.numel()
-        if longest is not None and total >= request.num_samples * request.sequence_length:
+        if enough is not None and total >= enough:
             break
     return parts, places
 
 
 def _cut_stream(corpus: Corpus, request: TokenRequest, stream: Tensor, places: list[tuple[int, int, int]]) -> Selection:
-    """N of the disjoint windows of a stream [n]; ``places`` are (where in the stream, document, start), ascending."""
+    """N (or all) of the disjoint windows of a stream [n]; ``places`` are (where in the stream, document, start), ascending."""
     window = request.sequence_length
     cells = permutation(stream.numel() // window, request.seed, "packed window")[: request.num_samples].tolist()
     offsets = torch.tensor([offset for offset, _, _ in places])
@@ -262,11 +288,13 @@ def _one_per_document(corpus: Corpus, request: TokenRequest, order: Tensor) -> S
         if tokens.numel() >= 2:  # one token predicts nothing
             pieces.append((document, 0, tokens[: request.sequence_length].clone()))
         if len(pieces) == request.num_samples:
-            return _selection(pieces, "one document a sequence, cut where it is longer", _counts(corpus))
-    raise DataError(
-        f"{corpus.origin}: {len(pieces)} of {len(order)} documents have two tokens or more, but nsamples={request.num_samples}"
-        f". {_REMEDY}"
-    )
+            break
+    if not pieces or len(pieces) < (request.num_samples or 0):
+        wanted, remedy = f", but nsamples={request.num_samples}", _REMEDY
+        if request.num_samples is None:
+            wanted, remedy = "", _REMEDY_WITHOUT_COUNT
+        raise DataError(f"{corpus.origin}: {len(pieces)} of {len(order)} documents have two tokens or more{wanted}. {remedy}")
+    return _selection(pieces, "one document a sequence, cut where it is longer", _counts(corpus))
 
 
 def _selection(pieces: Sequence[tuple[int, int, Tensor]], method: str, counts: Mapping[str, int]) -> Selection:

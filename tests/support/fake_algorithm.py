@@ -21,6 +21,7 @@ from torch import nn
 from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
 from configs.errors import DataError
 from configs.strict import AlgorithmParameters
+from tests.support.ranks.shared_stage import share
 
 VOCABULARY = 16
 
@@ -28,6 +29,7 @@ VOCABULARY = 16
 class FakeConfig(AlgorithmParameters):
     algorithm: ClassVar[str] = "FAKE"
     stage_names: ClassVar[tuple[str, ...]] = ("calibration", "finetune", "conversion")
+    export_formats: ClassVar[tuple[str, ...]] = ("dense", "other")
 
     save_intermediate_results: bool = True
     only_figures: bool = False
@@ -39,6 +41,9 @@ class FakeConfig(AlgorithmParameters):
     wait_at: int | None = None  # the block before which the stage waits for a kill
     fail_at: int | None = None
     hidden: bool = False  # preflight refuses the finetune stage
+    shared: bool = False  # the finetune stage runs on all ranks
+    trouble: str = ""  # "rank:what", of the shared stage
+    texts: tuple[str, ...] = ()  # that the finetune stage looks at
 
     @property
     def evaluate_only(self) -> bool:
@@ -98,7 +103,15 @@ class FakeAlgorithm(CompressionAlgorithm):
                 tokens=request,
                 reuse_on_new_data=True,
             ),
-            StageSpec(name="finetune", run=self._tune, directory="finetune", kind="fake-finetune", tokens=request),
+            StageSpec(
+                name="finetune",
+                run=self._tune,
+                directory="finetune",
+                kind="fake-finetune",
+                tokens=request,
+                distributed=config.shared,
+                evaluates=config.texts,
+            ),
             StageSpec(
                 name="conversion",
                 run=self._convert,
@@ -142,9 +155,17 @@ class FakeAlgorithm(CompressionAlgorithm):
         partial.replace(path)
 
     def _tune(self, context: StageContext, given: Artifact) -> Artifact:
-        self._note("finetune")
+        ranks, config = context.ranks, self.config
+        shared = share(context, config.trouble, self._note) if config.shared else 0.0
+        if context.evaluate is not None:
+            figures = context.evaluate(self.load(given))
+            assert ranks.sum_numbers(*figures.values()) == [ranks.size * figure for figure in figures.values()]
+            context.metrics(figures)
+        if not ranks.is_main:
+            return Artifact(kind="fake-finetune", directory=context.output_dir, digest="")
+        self._note(f"finetune {ranks.size}" if config.shared else "finetune")
         tokens = sum(int(sequence.sum()) for sequence in context.tokens)
-        return self._write(context, given, 1 + tokens / 1e4, "fake-finetune")
+        return self._write(context, given, 1 + (tokens + shared) / 1e4, "fake-finetune")
 
     def _convert(self, context: StageContext, given: Artifact) -> Artifact:
         self._note("conversion")

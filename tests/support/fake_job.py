@@ -37,7 +37,7 @@ def recipe(folder: Path, *, data: str = "A", envelope: dict | None = None, **par
     keys = {"ALGORITHM": "FAKE", "JOB_ID": "one", "USER_FOLDER": str(folder / "user_data"), "DATASET_NAME": data}
     keys |= {"MODEL": "org/fake", **(envelope or {})}
     config = FakeConfig(journal=folder / "journal.txt", **parameters)
-    shown = config.model_dump(mode="json", exclude={"wait_at", "fail_at"})
+    shown = config.model_dump(mode="json", exclude={"wait_at", "fail_at", "trouble"})
     return LoadedRecipe(
         recipe=Recipe.model_validate(keys),
         parameters=config,
@@ -58,12 +58,15 @@ def parts(folder: Path, behaviour: str = "pass", **changes: object) -> Collabora
         record = {"data": given.dataset_name, "samples": list(range(request.num_samples))}
         return SimpleNamespace(train=sequences[:cut], validation=sequences[cut:], key="", record=record)
 
-    def corpus_tokens(name: str, given: Recipe, source: FakeSource, workspace: Workspace) -> torch.Tensor:
+    def corpus_tokens(
+        name: str, given: Recipe, source: FakeSource, workspace: Workspace, *, split: str = "test"
+    ) -> torch.Tensor:
         return torch.randint(VOCABULARY, (101,), generator=torch.Generator().manual_seed(len(name)))
 
     values = {
         "algorithm_class": lambda name: FakeAlgorithm,
         "resolve_model": lambda given, workspace: FakeSource.create(folder / "model"),
+        "open_model": lambda directory, name, trust: FakeSource(directory=directory, name=name),
         "tokens_key": lambda given, request, source: f"{given.dataset_name} {request}",
         "load_tokens": load_tokens,
         "corpus_tokens": corpus_tokens,

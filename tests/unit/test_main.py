@@ -11,9 +11,10 @@ import pytest
 
 import jobs.command_line.commands
 import main as program
-from configs.errors import CertificateError, DataError, ExitCode, MissingEnvironmentError
+from configs.errors import CertificateError, DataError, ExitCode, MissingEnvironmentError, RankFailedError, RankLostError
 from configs.loader import LoadedRecipe
 from jobs.command_line.arguments import Arguments
+from jobs.processes.environment import LAUNCHER
 from tests.support.recipes import SEED_RECIPE, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +110,35 @@ def test_an_interrupted_job_says_how_to_go_on(recipe, run_as, capsys):
     run_as(raising(KeyboardInterrupt()))
     assert program.main(["--yaml_path", recipe, "STAGES=[calibration]"]) == 75
     assert f"python main.py --yaml_path {recipe} 'STAGES=[calibration]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RankLostError("Rank 1 is gone."), RankFailedError("Rank 1 failed. No data", 2)])
+def test_the_end_of_another_process_is_said_once(recipe, run_as, capsys, monkeypatch, error):
+    code = ExitCode.INTERRUPTED if isinstance(error, RankLostError) else ExitCode.RECIPE
+    run_as(raising(error))
+    assert program.main(["--yaml_path", recipe]) == code
+    assert capsys.readouterr().err == f"{error}\n"
+    monkeypatch.setenv(LAUNCHER, str(os.getppid()))  # a rank that was started for the job: its parent says how it was stopped
+    assert program.main(["--yaml_path", recipe]) == code
+    assert capsys.readouterr().err == ("" if code is ExitCode.INTERRUPTED else f"{error}\n")
+
+
+def test_an_error_that_was_said_already_is_not_said_again(recipe, run_as, capsys):
+    run_as(raising(RankFailedError("", 77)))
+    assert program.main(["--yaml_path", recipe]) == ExitCode.FAILED
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [["validate"], ["plan"], ["evaluate"], ["run", "nope=1"]])
+def test_of_several_processes_only_rank_0_answers(recipe, monkeypatch, capsys, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for name in ("validate", "plan", "evaluate"):
+        monkeypatch.delitem(jobs.command_line.commands._ACTIONS, name)
+    assert program.main([words[0], "--yaml_path", recipe, *words[1:]]) == ExitCode.DONE
+    monkeypatch.setenv("GROUP_RANK", "1")  # another node's launcher has to hear that the job has failed
+    assert program.main([words[0], "--yaml_path", recipe, *words[1:]]) == (2 if "nope=1" in words else 0)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_sigterm_is_an_interruption(recipe, run_as):

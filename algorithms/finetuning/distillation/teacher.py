@@ -1,7 +1,7 @@
 """The original model's distributions: computed anew for every batch, or kept on disk as their most likely tokens.
 
-Keeping ``k`` tokens of every position costs 6 k + 4 bytes of disk for each; what the others have together is known as the rest, so
-that the divergence over the k + 1 outcomes is exact and a lower bound of the whole one.
+Keeping ``k`` tokens of every position costs 6 k + 4 bytes of disk for each. What all other tokens have together is kept too, so
+that the divergence over the k + 1 outcomes is exact, and a lower bound of the whole one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from algorithms.base import TokenRequest
 from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
 from jobs import datasets
-from jobs.datasets import corpus_tokens, load_tokens, tokens_key
+from jobs.datasets import UNSCORED, corpus_tokens, load_tokens, tokens_key
 from jobs.texts.windows import split_validation
 from jobs.workspace import open_workspace
 from tests.support.byte_model import BOS, VOCABULARY, byte_ids, save_tokenizer, text_of
@@ -145,9 +145,9 @@ def test_the_key_covers_what_shapes_the_tokens(tmp_path, source, problems):
     keys["format"] = Job(tmp_path, source, DATA_PATH=str(problems), **(QA | {"FORMAT_STRING": "{question}{answer}"})).key()
     keys["split"] = Job(tmp_path, source, DATA_PATH=str(problems), SPLIT="train[:50]", **QA).key()
     changes = {"num_samples": 11, "sequence_length": 25, "seed": 1, "validation_samples": 2, "packed": False}
-    for name, value in changes.items():
+    for name, value in [*changes.items(), ("num_samples", None)]:
         shape = {"num_samples": 10, "sequence_length": 24, "seed": 0, "validation_samples": 3} | {name: value}
-        keys[name] = Job(tmp_path, source, DATA_PATH=str(problems), **QA).key(TokenRequest(**shape))
+        keys[name, value] = Job(tmp_path, source, DATA_PATH=str(problems), **QA).key(TokenRequest(**shape))
     problems.write_text(problems.read_text() + '{"question": "?", "answer": "!"}\n')
     keys["content"] = Job(tmp_path, source, DATA_PATH=str(problems), **QA).key()
     config = source.directory / "tokenizer_config.json"
@@ -211,6 +211,32 @@ def test_c4_new_is_cut_after_256_windows(tmp_path, source):
     )
     expected = [BOS, *byte_ids(" ".join([("word " * 100).strip(), *["other"] * 1099]))]
     assert job.corpus("c4_new").tolist() == expected[:1024]
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "found"),
+    [
+        ("wikitext2", ("train", "validation", "test"), "validation"),
+        ("wikitext2", ("train", "test"), "train"),
+        ("wikitext2", ("test",), "test"),
+        ("ptb", ("train", "validation", "test"), "train"),
+        ("own", ("validation", "test"), "validation"),
+        ("own", ("train", "validation"), "train"),
+    ],
+)
+def test_what_is_read_on_the_way_is_not_what_is_scored(tmp_path, source, name, splits, found):
+    for split in splits:
+        (tmp_path / f"{split}.txt").write_text(split)
+    job = Job(tmp_path, source, CORPORA={name: {split: str(tmp_path / f"{split}.txt") for split in splits}})
+    assert text_of(job.corpus(name, split=UNSCORED)[None]) == f"^{found}"
+
+
+def test_without_a_number_every_token_list_entry_is_used_and_some_are_left_to_work_on(tmp_path, source, calibration_list):
+    job = Job(tmp_path, source, DATA_PATH=str(calibration_list))
+    sets = job.tokens(TokenRequest(num_samples=None, sequence_length=24, seed=0, validation_samples=3))
+    assert (len(sets.train), len(sets.validation)) == (9, 3)
+    with pytest.raises(DataError, match="12 sequences, and val_size=12 of them held out leave none"):
+        job.tokens(TokenRequest(num_samples=None, sequence_length=24, seed=0, validation_samples=12))
 
 
 def test_pajama_is_not_for_scoring(tmp_path, source):

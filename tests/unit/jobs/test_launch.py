@@ -4,7 +4,7 @@ import torch
 from algorithms.base import Process
 from configs.errors import DataError, MissingEnvironmentError
 from jobs import launch
-from jobs.launch import apply_visible_devices, choose_device, process_from_environment, require_one_process
+from jobs.launch import apply_visible_devices, choose_device, process_from_environment
 
 
 def test_the_process_is_what_torchrun_says():
@@ -17,15 +17,6 @@ def test_the_process_is_what_torchrun_says():
 def test_contradictions_are_refused(environment):
     with pytest.raises(MissingEnvironmentError, match="RANK"):
         process_from_environment(environment)
-
-
-def test_several_processes_are_refused_however_they_are_asked_for():
-    require_one_process(Process(), None)
-    require_one_process(Process(), 1)
-    with pytest.raises(MissingEnvironmentError, match="2 processes"):
-        require_one_process(Process(world_size=2))
-    with pytest.raises(MissingEnvironmentError, match="NUM_PROCESSES: 4"):
-        require_one_process(Process(), 4)
 
 
 @pytest.fixture

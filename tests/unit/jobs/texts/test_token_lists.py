@@ -61,6 +61,8 @@ def test_the_first_sequences_keep_their_order_and_their_length():
     selection = first_sequences(sequences, TokenRequest(num_samples=3, sequence_length=2, seed=0), "x")
     assert [tokens.shape[1] for tokens in selection.sequences] == [2, 3, 4]
     assert selection.places == ((0, 0), (1, 0), (2, 0))
+    everything = first_sequences(sequences, TokenRequest(num_samples=None, sequence_length=2, seed=0), "x")
+    assert [tokens.shape[1] for tokens in everything.sequences] == [2, 3, 4, 5, 6]
     with pytest.raises(DataError, match="has 5 sequences, but nsamples=6"):
         first_sequences(sequences, TokenRequest(num_samples=6, sequence_length=2, seed=0), "x")
 

@@ -213,3 +213,49 @@ def test_a_joined_text_that_is_short_gives_distinct_overlapping_windows_or_an_er
     assert selection.counts["overlapping"] is True
     with pytest.raises(DataError, match=r"40 tokens, too few for nsamples=26 windows of model_seqlen=16"):
         joined(torch.arange(40), request(26, 16), "x")
+
+
+def test_without_a_number_packed_text_gives_every_window_of_all_documents():
+    lengths = [3, 20, 1, 9, 14]
+    chosen = choose(corpus(lengths), request(None, 8))
+    stream = sum(lengths) + len(lengths) - 1  # one separator between each two
+    assert len(chosen.sequences) == stream // 8
+    seen = torch.cat([window[0] for window in chosen.sequences])
+    everything = {d * STRIDE + t for d, length in enumerate(lengths) for t in range(1, length + 1)}
+    found = [token for token in seen.tolist() if token != EOS]
+    assert len(found) == len(set(found))
+    assert set(found) <= everything
+    assert len(everything) - len(found) < 8, "only the remainder of the last window is missing"
+    other = choose(corpus(lengths), request(None, 8, seed=1))
+    assert not torch.equal(seen, torch.cat([window[0] for window in other.sequences]))
+
+
+def test_without_a_number_a_joined_text_gives_every_disjoint_window():
+    chosen = joined(torch.arange(50), request(None, 8), "corpus x")
+    starts = sorted(start for _, start in chosen.places)
+    assert len(starts) == 6
+    assert all(b - a == 8 for a, b in pairwise(starts))
+
+
+def test_without_a_number_every_document_of_two_tokens_is_a_sequence():
+    chosen = choose(corpus([1, 30, 2, 8]), request(None, 8, packed=False))
+    assert sorted((place[0], window.numel()) for place, window in zip(chosen.places, chosen.sequences, strict=True)) == [
+        (1, 8),
+        (2, 2),
+        (3, 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: choose(corpus([3, 2]), request(None, 8)), "2 documents with 6 tokens make no sequence of model_seqlen=8"),
+        (lambda: choose(corpus([1, 1]), request(None, 8, packed=False)), "0 of 2 documents have two tokens or more. Lower"),
+        (lambda: joined(torch.arange(5), request(None, 8), "corpus x"), "5 tokens, too few for one window of model_seqlen=8"),
+    ],
+)
+def test_nothing_at_all_is_an_error_without_a_number_too(make, said):
+    with pytest.raises(DataError, match=said) as caught:
+        make()
+    assert "None" not in str(caught.value)
+    assert "nsamples" not in str(caught.value)

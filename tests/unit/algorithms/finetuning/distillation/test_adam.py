@@ -59,16 +59,17 @@ def test_parts_of_a_tensor_are_stepped_like_the_whole():
     """LAMB's norms are those of all parts: ``sum_`` adds what the other ranks hold."""
     rule, (gradient,) = AdamRule(beta1=0.9, beta2=0.95, lamb=True), _gradients(1)
     whole = torch.arange(20.0).view(4, 5)
-    halves = [whole[:2].clone(), whole[2:].clone()]
+    halves, slopes = [whole[:2].clone(), whole[2:].clone()], gradient.split(2)
+
+    def step(tensor, slope, sum_=lambda sums: None):
+        adam_step(tensor, slope, rule.moments(tensor), rule=rule, rate=0.01, step=1, sum_=sum_)
+
     seen = []
-    for half, slope in zip(halves, gradient.split(2), strict=True):
-        adam_step(
-            half.clone(), slope, rule.moments(half), rule=rule, rate=0.01, step=1, sum_=lambda sums: seen.append(sums.clone())
-        )
-    total = seen[0] + seen[1]
-    for half, slope in zip(halves, gradient.split(2), strict=True):
-        adam_step(half, slope, rule.moments(half), rule=rule, rate=0.01, step=1, sum_=lambda sums: sums.copy_(total))
-    adam_step(whole, gradient, rule.moments(whole), rule=rule, rate=0.01, step=1)
+    for half, slope in zip(halves, slopes, strict=True):
+        step(half.clone(), slope, lambda sums: seen.append(sums.clone()))
+    for half, slope in zip(halves, slopes, strict=True):
+        step(half, slope, lambda sums: sums.copy_(seen[0] + seen[1]))
+    step(whole, gradient)
     assert torch.allclose(torch.cat(halves), whole, atol=1e-6)
 
 
