@@ -37,7 +37,7 @@ _SOLVER_ITERATIONS = 4
 # How much more than its fair share of a group's weights one rank may get before rows are shared out rather than linears.
 _FAIR = 1.25
 # With fewer weights for each rank, splitting a linear costs more in messages than it saves.
-_LEAST_WEIGHTS = 1 << 13
+_LEAST_WEIGHTS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ def _algorithm(name, parameters):
     return plugin(config.model_validate({**TEXT, "groupsize": 16, **parameters}))
 
 
-def _calibrate(ranks, name, parameters, model, folder, least_weights=1 << 13):
+def _calibrate(ranks, name, parameters, model, folder, least_weights=1 << 14):
     aqlm_calibration._LEAST_WEIGHTS = least_weights
     return calibrate(_algorithm(name, parameters), ModelSource(model), folder, ranks=ranks)
 
@@ -85,7 +85,7 @@ def test_ranks_find_the_codes_of_one_process(tmp_path, model, name, parameters):
         assert blocks(two, "output_error") == pytest.approx(blocks(one, "output_error"), rel=0.05)
 
 
-@pytest.mark.parametrize("least_weights", [1 << 13, 64])  # whole linears are shared out, or rows of those that are alone
+@pytest.mark.parametrize("least_weights", [1 << 14, 64])  # whole linears are shared out, or rows of those that are alone
 def test_additive_codebooks_are_as_good(tmp_path, model, least_weights):
     one, two = _both(2, "aqlm", {}, model, tmp_path, least_weights=least_weights)
     for first, second in zip(blocks(one, "linears"), blocks(two, "linears"), strict=True):
