@@ -123,7 +123,7 @@ class Pipeline(Generic[Weight]):
 
 def linear_shapes(source: ModelSource) -> dict[str, tuple[int, int]]:
     """Rows and columns of every compressed linear of a block, by name."""
-    block = source.skeleton().get_submodule(f"{source.architecture.blocks}.0")
+    block = source.block_skeleton()
     shapes = {name: block.get_submodule(name).weight.shape for name in source.architecture.linears}
     return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
 

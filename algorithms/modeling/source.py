@@ -172,6 +172,10 @@ class ModelSource:
     def _template(self) -> PreTrainedModel:
         return self.skeleton()
 
+    def block_skeleton(self) -> nn.Module:
+        """The first block as it is in :meth:`skeleton`, to be looked at and left as it is."""
+        return self._template.get_submodule(f"{self.architecture.blocks}.0")
+
     def block_prefix(self, index: int) -> str:
         """Name prefix of a block's parameters, with the closing dot."""
         return f"{self.architecture.blocks}.{index}."
@@ -221,7 +225,7 @@ class ModelSource:
 
     def load_outside(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         """The model around its blocks: real embeddings, norm and head; the blocks' parameters stay on the meta device."""
-        model = self.skeleton()
+        model = copy.deepcopy(self._template)
         blocks = model.get_submodule(self.architecture.blocks)
         for name, module in model.named_modules():
             inside = name == self.architecture.blocks or name.startswith(f"{self.architecture.blocks}.")

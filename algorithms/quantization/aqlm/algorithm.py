@@ -134,7 +134,7 @@ def check_shapes(source: ModelSource, *, in_group: int, out_group: int) -> None:
     Raises:
         ValueError: lists all that are not.
     """
-    block = source.skeleton().get_submodule(f"{source.architecture.blocks}.0")
+    block = source.block_skeleton()
     wrong = []
     for name in source.architecture.linears:
         rows, columns = block.get_submodule(name).weight.shape
