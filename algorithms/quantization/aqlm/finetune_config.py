@@ -75,9 +75,9 @@ class FinetuneConfig(Parameters):
     update_codebooks_and_scales: Flag = True
     update_codebooks: OptionalFlag = None
     update_scales: OptionalFlag = None
-    update_non_quantized_parameters: Flag = Field(default=True, validate_default=True)
+    update_non_quantized_parameters: Flag = True
     update_norms: OptionalFlag = None  # and biases
-    update_embeddings: OptionalFlag = None  # and the head
+    update_embeddings: OptionalFlag = Field(default=None, validate_default=True)  # and the head
 
     # continuous parameters
     lr: Positive = 1e-4

@@ -180,12 +180,12 @@ def test_groups_that_do_not_divide_are_all_named(tmp_path):
         _algorithm(in_group_size=5).preflight(source, ["calibration", "conversion"])
 
 
-def test_tuning_that_is_not_there_is_refused_only_where_it_would_run():
-    tuning = AqlmConfig.model_validate({"calibration_config": CALIBRATION})
-    assert "finetune_config=null" in tuning.refusal(None)
-    assert "finetune_config=null" in tuning.refusal(("calibration", "finetune"))
-    assert tuning.refusal(("calibration",)) is None
-    assert AqlmConfig.model_validate({"calibration_config": CALIBRATION, "finetune_config": None}).refusal(None) is None
+def test_a_recipe_without_tuning_has_two_stages():
+    tuning = Aqlm(AqlmConfig.model_validate({"calibration_config": CALIBRATION}))
+    assert [spec.name for spec in tuning.stages()] == ["calibration", "finetune", "conversion"]
+    for absent in (None, {"max_epochs": 0}):
+        algorithm = Aqlm(AqlmConfig.model_validate({"calibration_config": CALIBRATION, "finetune_config": absent}))
+        assert [spec.name for spec in algorithm.stages()] == ["calibration", "conversion"]
 
 
 def test_keys_that_cannot_change_the_result_stay_out_of_the_settings():
