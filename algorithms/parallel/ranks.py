@@ -13,6 +13,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# Newer releases of torch warn of the older name.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _FIRST_NAP, _LONGEST_NAP = 0.0005, 0.05  # seconds between two looks at who has arrived
 _NAP_SHARE = 1 / 16  # of the time waited so far: nobody oversleeps by more
 _FEW = 1 << 16  # elements of several tensors that travel in one message: its latency costs more than its length
@@ -69,7 +72,7 @@ class Ranks:
             return matrix
         padded = torch.nn.functional.pad(matrix, (0, 0, 0, rows * self.size - matrix.shape[0]))
         summed = matrix.new_empty(rows, matrix.shape[1])
-        dist.reduce_scatter_tensor(summed, padded, group=self.group)
+        _reduce_scatter(summed, padded, group=self.group)
         return summed[: max(0, min(rows, matrix.shape[0] - self.rank * rows))]
 
     def sum_numbers(self, *numbers: float) -> list[float]:
