@@ -205,6 +205,7 @@ class AqlmConfig(AlgorithmParameters):
             ("calibration_config.offload_activations=true", not calibration.offload_activations),
             ("calibration_config.use_checkpointing=true", not calibration.use_checkpointing),
             ("finetune_config.microbatch_size=1", tuning is not None and self.tunes and tuning.microbatch_size != 1),
+            ("finetune_config.gradient_checkpointing=true", tuning is not None and not tuning.gradient_checkpointing),
             (f"calibration_config.model_seqlen={calibration.sequence_length // 2}", calibration.sequence_length > 3),
         ]
         return tuple(override for override, helps in remedies if helps)

@@ -17,7 +17,7 @@ from algorithms.finetuning.distillation.additive_student import AdditiveStudent,
 from algorithms.finetuning.distillation.coded_linear import CodedLinear
 from algorithms.finetuning.distillation.loop import History, LoopSettings, Surroundings, distill
 from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype, teacher_model
-from algorithms.finetuning.distillation.sharding import whole
+from algorithms.finetuning.distillation.sharding import local, whole
 from algorithms.finetuning.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, cached_tokens, fill_cache
 from algorithms.formats.aqlm import pack, packed_linears, unpack
 from algorithms.formats.checkpoint import OUTSIDE, Calibrated
@@ -68,7 +68,7 @@ def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) 
         )
         history = distill(student, teacher, training, held_out, settings, around)
     if history.is_usable:
-        shares = _changed(before, _codes(student.model))
+        shares = _changed(before, student.model, ranks)
     else:
         logger.warning("PV-Tuning came to nothing: the calibrated model is handed on as it was")
         shares = dict.fromkeys(before, 0.0)
@@ -146,10 +146,11 @@ def student_model(source: ModelSource, calibrated: Calibrated, config: FinetuneC
     """The calibrated model with :class:`CodedLinear` layers, gradients wanted for what the recipe tunes."""
     master: torch.dtype = getattr(torch, config.master_dtype)
     container = _CONTAINERS.get(config.code_dtype) or getattr(torch, config.code_dtype)
-    blocks = dict(calibrated.blocks())
+    stored = calibrated.blocks()
 
     def _fill(index: int, block: nn.Module) -> nn.Module:
-        tensors = blocks.pop(index)
+        number, tensors = next(stored)
+        assert number == index, "blocks are read in order"
         packed = packed_linears(list(tensors))
         for name in packed:
             weight, bias = unpack(tensors, name), tensors.get(f"{name}.bias")
@@ -202,14 +203,18 @@ def _teacher(
 
 
 def _codes(model: nn.Module) -> dict[str, Tensor]:
-    """All codes [no, ni, M] of every linear, on the CPU; every rank has to ask."""
+    """This rank's codes [rows, ni, M] of every linear, as they are now."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, CodedLinear)}
-    return {name: whole(linear.codes.detach()).cpu().clone() for name, linear in linears.items()}
+    return {name: local(linear.codes.detach()).clone() for name, linear in linears.items()}
 
 
-def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
-    """The share of groups whose codes are other than before, by linear."""
-    return {name: torch.any(before[name] != codes, dim=-1).float().mean().item() for name, codes in after.items()}
+def _changed(before: Mapping[str, Tensor], model: nn.Module, ranks: Ranks) -> dict[str, float]:
+    """The share of all groups whose codes are other than before, by linear."""
+    after = _codes(model)
+    counts = [float(torch.any(before[name] != after[name], dim=-1).sum()) for name in before]
+    sizes = [float(codes[..., 0].numel()) for codes in before.values()]
+    totals = ranks.sum_numbers(*counts, *sizes)
+    return {name: totals[place] / totals[place + len(before)] for place, name in enumerate(before)}
 
 
 def _write(
