@@ -21,6 +21,10 @@ from algorithms.modeling.source import ModelSource
 from algorithms.parallel.ranks import ALONE, Ranks
 
 
+class StageError(ValueError):
+    """A stage cannot work with what the recipe gives it; the message says which key to change."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
     """What one stage leaves for the next: a folder, what is in it, and the key of the stage that wrote it.

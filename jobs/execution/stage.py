@@ -16,7 +16,7 @@ from typing import Self
 
 import torch
 
-from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec
+from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageError, StageSpec
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelError, ModelSource
 from configs.errors import DataError, RankLostError
@@ -121,11 +121,11 @@ def run_spec(spec: StageSpec, context: StageContext, given: Artifact) -> None:
     """Call the plugin.
 
     Raises:
-        DataError: the model cannot be used as it is.
+        DataError: the model, or the recipe, cannot be used as it is.
     """
     try:
         spec.run(context, given)
-    except ModelError as error:
+    except (ModelError, StageError) as error:
         raise DataError(str(error)) from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from algorithms.base import Artifact, StageContext
+from algorithms.base import Artifact, StageContext, StageError
 from algorithms.finetuning.distillation.adam import AdamRule
 from algorithms.finetuning.distillation.additive_student import AdditiveStudent, PvSettings
 from algorithms.finetuning.distillation.coded_linear import CodedLinear
@@ -74,24 +74,26 @@ def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) 
         shares = dict.fromkeys(before, 0.0)
         student = AdditiveStudent(student_model(source, calibrated, config, how), pv_settings(config), ranks)
     _write(context.output_dir, source, calibrated, student, ranks, shares)
+    digest = ""
     if ranks.is_main:
         _write_report(context.output_dir, history, shares)
+        digest = folder_digest(context.output_dir)
     ranks.meet()
-    return Artifact(kind=TUNED, directory=context.output_dir, digest=folder_digest(context.output_dir))
+    return Artifact(kind=TUNED, directory=context.output_dir, digest=ranks.from_main(digest))
 
 
 def hold_out(sequences: Sequence[Tensor], config: FinetuneConfig) -> tuple[list[Tensor], list[Tensor]]:
     """Sequences to learn from and to judge by; the second are chosen by the seed.
 
     Raises:
-        ValueError: nothing would be left to learn from.
+        StageError: nothing would be left to learn from.
     """
     count = config.validation_size
     if count is None:
         share = max(1, min(_MOST_HELD_OUT, len(sequences) // _HELD_OUT_SHARE))
         count = share if config.keep_best_model and len(sequences) > 1 else 0
     if count >= len(sequences):
-        raise ValueError(
+        raise StageError(
             f"llm.AQLM.finetune_config.val_size: {count} of {len(sequences)} sequences are held out, which leaves none to "
             "learn from. Lower val_size or model_seqlen, or name a longer text."
         )
