@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from algorithms.base import Artifact, StageContext
 from algorithms.finetuning.distillation.loss import kl_divergence
@@ -16,7 +16,7 @@ from algorithms.modeling.source import ModelSource
 from algorithms.parallel.ranks import ALONE
 from algorithms.quantization.aqlm.algorithm import Aqlm
 from algorithms.quantization.aqlm.config import AqlmConfig
-from tests.support.models import FAMILIES, save_family, token_sequences
+from tests.support.models import FAMILIES, confident, save_family, token_sequences
 from tests.support.rank_processes import run_on_ranks
 
 CALIBRATION = {
@@ -68,20 +68,8 @@ def _context(source, folder, **changes):
     return StageContext(**{**settings, **changes})
 
 
-def _confident(base):
-    """A fresh model's distributions are all but flat, and their divergences drown in rounding: its weights are enlarged."""
-    (file,) = base.glob("*.safetensors")
-    factors = {"lm_head": 20.0, "embed_tokens": 5.0, "proj": 5.0}
-    tensors = {
-        name: next((factor for part, factor in factors.items() if part in name), 1.0) * tensor
-        for name, tensor in load_file(file).items()
-    }
-    save_file(tensors, file, metadata={"format": "pt"})
-    return base
-
-
 def _calibrated(folder, family="llama", **changes):
-    source = ModelSource(_confident(save_family(folder / "base", family, **changes)))
+    source = ModelSource(confident(save_family(folder / "base", family, **changes)))
     spec = _algorithm().stages()[0]
     base = Artifact(kind="model", directory=source.directory, digest="base")
     return source, spec.run(_context(source, folder / "calibration"), base)
