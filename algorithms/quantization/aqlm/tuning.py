@@ -273,5 +273,5 @@ def _write_report(directory: Path, history: History, shares: Mapping[str, float]
     """``tuning.json``; and away with what only an unfinished run needs."""
     atomic_write_json(directory / "tuning.json", {**asdict(history), "changed_codes": dict(shares)})
     for path in directory.glob(".*"):
-        if path.is_dir() and path.name.startswith((".checkpoint-", ".best-", _CACHE)):
+        if path.is_dir():  # checkpoints, also those that a kill left half written, and the teacher's cache
             shutil.rmtree(path)

@@ -167,6 +167,18 @@ def test_a_killed_tuning_resumes_with_the_same_bits(tmp_path, killed, changes):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+def test_what_kills_have_left_is_no_part_of_the_result(tmp_path):
+    source, calibrated = _calibrated(tmp_path)
+    whole = _tuned(source, calibrated, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    for name in (".checkpoint-x", "..checkpoint-1.partial", "..best-1.partial", ".teacher"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.safetensors").write_text("a part of a file")
+    tuned = _tuned(source, calibrated, folder)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert tuned.digest == whole.digest
+
+
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, caplog):
     source, calibrated = _calibrated(tmp_path)
     whole = _tuned(source, calibrated, tmp_path / "whole", save_every_steps=1)
