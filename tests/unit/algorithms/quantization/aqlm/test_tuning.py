@@ -124,6 +124,28 @@ def test_what_kills_have_left_is_no_part_of_the_result(tmp_path):
     assert tuned.digest == whole.digest
 
 
+@pytest.mark.parametrize("left", [".checkpoint-4", "..checkpoint-4.partial"])
+def test_killed_after_its_last_file_a_tuning_is_not_made_again(tmp_path, left):
+    source, calibrated = calibrate(tmp_path)
+    whole = tune(source, calibrated, tmp_path / "whole")
+    (whole.directory / left).mkdir()
+    again = tune(source, calibrated, whole.directory, context={"progress": killed_at(1)})
+    assert again.digest == whole.digest
+    assert not (whole.directory / left).exists()
+
+
+@pytest.mark.parametrize("missing", ["1.safetensors", "not_quantized_weights.safetensors", "tuning.json"])
+def test_a_tuning_of_which_a_file_is_gone_is_made_again(tmp_path, missing):
+    source, calibrated = calibrate(tmp_path)
+    whole = tune(source, calibrated, tmp_path / "whole")
+    expected = _files(whole)
+    (whole.directory / missing).unlink()
+    with pytest.raises(KilledError):
+        tune(source, calibrated, whole.directory, context={"progress": killed_at(3)}, save_every_steps=1)
+    assert not (whole.directory / "tuning.json").exists(), "what is there is of two runs"
+    assert _files(tune(source, calibrated, whole.directory, save_every_steps=1)) == expected
+
+
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, caplog):
     source, calibrated = calibrate(tmp_path)
     whole = tune(source, calibrated, tmp_path / "whole", save_every_steps=1)
