@@ -29,6 +29,7 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 TEXTS = QUICKSTART / "data"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 TWO = "NUM_PROCESSES=2"
+UNJUDGED = "EVALUATION=null"
 CALIBRATION = {
     "nsamples": 32, "val_size": 0, "model_seqlen": 64, "num_codebooks": 2, "nbits_per_codebook": 6, "in_group_size": 4,
     "init_max_iter": 3, "max_epochs": 2, "finetune_max_epochs": 1, "seed": 0,
@@ -122,7 +123,7 @@ def recipe(folder: Path) -> dict:
     return {
         "ALGORITHM": "AQLM", "JOB_ID": "tuned", "USER_FOLDER": str(folder / "user_data"),
         "MODEL": str(QUICKSTART / "model"), "DATA_PATH": str(folder / "a.jsonl"), "CORPORA": {"held": str(folder / "held.txt")},
-        "EVALUATION": {"perplexity": ["held"], "sequence_length": 64, "max_tokens": 2048},
+        "EVALUATION": {"perplexity": ["held"], "sequence_length": 64},
         "llm": {"AQLM": {
             "save_intermediate_results": True, "calibration_config": CALIBRATION, "finetune_config": TUNING,
         }},
@@ -137,7 +138,7 @@ def fresh(tmp_path_factory):
     for name, text, lines in (("a", "wikitext2_valid", 200), ("b", "gsm8k_train", 24)):
         taken = (TEXTS / "calibration" / f"{text}.jsonl").read_text().splitlines()[:lines]
         (folder / f"{name}.jsonl").write_text("\n".join(taken) + "\n")
-    (folder / "held.txt").write_text((TEXTS / "evaluation" / "wikitext2_test.txt").read_text()[:8000])
+    (folder / "held.txt").write_text((TEXTS / "evaluation" / "wikitext2_test.txt").read_text())
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)))
     return Place(folder)
 
@@ -146,7 +147,7 @@ def fresh(tmp_path_factory):
 def calibrated(fresh, tmp_path_factory):
     """A job of which the calibration alone has run, on text A."""
     place = fresh.copied(tmp_path_factory.mktemp("calibrated"))
-    place.run("STAGES=[calibration]")
+    place.run("STAGES=[calibration]", UNJUDGED)
     assert list(place.manifest["stages"]) == ["calibration"]
     return place
 
@@ -167,7 +168,7 @@ def on_b(place: Place) -> str:
 def shared(fresh, tmp_path_factory):
     """The same job on two processes from the start, the second run under torchrun; with what that run said."""
     place = fresh.copied(tmp_path_factory.mktemp("shared"))
-    place.run("STAGES=[calibration]", TWO)
+    place.run("STAGES=[calibration]", UNJUDGED, TWO)
     return place, place.run(on_b(place), launcher=TORCHRUN)
 
 
@@ -215,7 +216,7 @@ def test_two_processes_make_a_model_of_the_same_quality(alone, shared):
 
 def test_losing_a_rank_in_the_middle_ends_with_a_sentence_and_one_process_goes_on(calibrated, alone, tmp_path):
     place = calibrated.copied(tmp_path)
-    process = place.start(on_b(place), TWO)
+    process = place.start(on_b(place), UNJUDGED, TWO)
     place.stopped_after(5, process)
     begin = time.monotonic()
     os.kill(place.rank(1), signal.SIGKILL)
@@ -227,18 +228,18 @@ def test_losing_a_rank_in_the_middle_ends_with_a_sentence_and_one_process_goes_o
     assert place.manifest["stages"]["finetune"]["status"] == "interrupted"
     assert not (place.job / "config.json").exists()
     assert listed(place) == {"calibration": "finished", "finetune": "interrupted"}
-    said = place.run(on_b(place))
+    said = place.run(on_b(place), UNJUDGED)
     (step,) = re.findall(rf"PV-Tuning goes on after step (\d+) of {STEPS}", said)
     assert int(step) in range(4, STEPS, 2)
     assert place.report["losses"][: int(step)] == pytest.approx(alone.report["losses"][: int(step)], rel=1e-3)
     assert len(place.report["losses"]) == STEPS
-    assert place.perplexity == pytest.approx(alone.perplexity, rel=5e-3)
+    assert place.report["losses"] == pytest.approx(alone.report["losses"], rel=2e-2)
     assert place.manifest["stages"]["finetune"]["attempts"] == 2
 
 
 def test_stopped_in_the_middle_a_process_alone_goes_on_to_the_same_bits(calibrated, alone, tmp_path):
     place = calibrated.copied(tmp_path)
-    process = place.start(on_b(place))
+    process = place.start(on_b(place), UNJUDGED)
     place.stopped_after(3, process)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
@@ -246,7 +247,7 @@ def test_stopped_in_the_middle_a_process_alone_goes_on_to_the_same_bits(calibrat
     assert "Interrupted; what is finished is kept. To resume:" in errors
     assert place.manifest["stages"]["finetune"]["status"] == "interrupted"
     assert [path.name for path in (place.job / "tmp" / ".finetune.partial").glob(".checkpoint-*")]
-    assert "PV-Tuning goes on after step" in place.run(on_b(place), "llm.AQLM.save_intermediate_results=false")
+    assert "PV-Tuning goes on after step" in place.run(on_b(place), UNJUDGED, "llm.AQLM.save_intermediate_results=false")
     assert weights(place) == weights(alone)
     tables = [each.manifest["stages"]["finetune"]["files"] for each in (place, alone)]
     assert tables[0] == tables[1], "nothing of the unfinished tuning is in it"
