@@ -77,10 +77,16 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def visible_files(directory: Path) -> list[Path]:
+    """Every file below ``directory``, in order, but those whose name, or that of a folder on the way, begins with a dot."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts))
+
+
 def folder_digest(directory: Path) -> str:
-    """SHA-256 over the names and contents of all files below ``directory``; names that begin with a dot are left out."""
+    """SHA-256 over the names and contents of the :func:`visible_files` below ``directory``."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith(".")):
+    for path in visible_files(directory):
         digest.update(path.relative_to(directory).as_posix().encode() + b"\0" + file_digest(path).encode() + b"\n")
     return digest.hexdigest()
 

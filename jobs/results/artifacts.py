@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from algorithms.modeling.files import file_digest
+from algorithms.modeling.files import file_digest, visible_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ def canonical_digest(value: object) -> str:
 
 
 def describe_folder(directory: Path) -> dict[str, FileRecord]:
-    """Relative path -> size and digest of every file below ``directory``; names that begin with a dot are left out."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith("."))
+    """Relative path -> size and digest of the visible files below ``directory``: no name on the way begins with a dot."""
+    files = visible_files(directory)
     return {p.relative_to(directory).as_posix(): FileRecord(size=p.stat().st_size, digest=file_digest(p)) for p in files}
 
 

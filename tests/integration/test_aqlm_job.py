@@ -155,8 +155,3 @@ def test_one_damaged_block_is_made_again_and_no_other(finished, tmp_path):
     assert "1.safetensors" in _run(folder, "llm.AQLM.overwrite=[conversion]")
     assert {index: (calibrated / f"{index}.safetensors").stat().st_mtime_ns for index in kept} == kept
     assert _weights(folder) == _weights(finished[0])
-
-
-def test_tuning_that_is_not_there_is_refused_before_the_model_is_looked_for(tmp_path):
-    said = _run(tmp_path, "llm.AQLM.finetune_config={max_epochs: 1}", "MODEL=no/such-model", check=2)
-    assert "finetune_config=null" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.byte_model import VOCABULARY, save_tokenizer
@@ -38,6 +39,18 @@ def save_family(
                 parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    return folder
+
+
+def confident(folder: Path) -> Path:
+    """Enlarges the weights of a fresh saved model: its distributions are all but flat, and divergences drown in rounding."""
+    (file,) = folder.glob("*.safetensors")
+    factors = {"lm_head": 20.0, "embed_tokens": 5.0, "proj": 5.0}
+    tensors = {
+        name: next((factor for part, factor in factors.items() if part in name), 1.0) * tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 

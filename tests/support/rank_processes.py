@@ -1,4 +1,4 @@
-"""Functions run on several ranks at once: processes of one gloo group on this machine, one thread each.
+"""Functions run on several ranks at once: processes of one group on this machine, one thread each, a CUDA device each or none.
 
 Processes are forked from a server that has imported torch once, so that a test with two ranks costs a fraction of a second.
 """
@@ -18,16 +18,17 @@ import torch
 import torch.distributed as dist
 
 from algorithms.parallel.ranks import Ranks
+from jobs.processes.group import backend
 
 _IMPORTED_BY_ALL = ["tests.support.rank_processes", "algorithms.blockwise.pipeline", "transformers.models.llama.modeling_llama"]
 _LOCALHOST = "127.0.0.1"
 
 
-def run_on_ranks(function: Callable, size: int, *arguments: object, limit: float = 60.0) -> list:
+def run_on_ranks(function: Callable, size: int, *arguments: object, limit: float = 60.0, on: str = "cpu") -> list:
     """What ``function(ranks, *arguments)`` returns on each of ``size`` ranks.
 
     The function stands at the top level of its module, and all that goes in and out can be pickled. Fails with the first
-    traceback where a rank fails, or where one is not done after ``limit`` seconds.
+    traceback where a rank fails, or where one is not done after ``limit`` seconds. ``on="cuda"`` gives each rank a device.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED_BY_ALL)
@@ -35,7 +36,7 @@ def run_on_ranks(function: Callable, size: int, *arguments: object, limit: float
     processes, ends = [], {}
     for rank in range(size):
         receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(sending, server.port, rank, size, function, arguments), daemon=True)
+        process = context.Process(target=_run, args=(sending, server.port, rank, size, on, function, arguments), daemon=True)
         process.start()
         sending.close()
         processes.append(process)
@@ -65,13 +66,18 @@ def _collect(ends: dict[Connection, int], size: int, limit: float) -> list:
     return results
 
 
-def _run(sending: Connection, port: int, rank: int, size: int, function: Callable, arguments: tuple) -> None:
+def _run(sending: Connection, port: int, rank: int, size: int, on: str, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore(_LOCALHOST, port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    device = torch.device(on, rank) if on == "cuda" else torch.device(on)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend(device, {"LOCAL_WORLD_SIZE": str(size)}), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
     try:
-        answer = None, function(Ranks(dist.group.WORLD, store), *arguments)
+        answer = None, function(Ranks(dist.group.WORLD, store, device), *arguments)
     except Exception:  # noqa: BLE001 - whatever it is, the test that started this shows it
         answer = traceback.format_exc(), None
     sending.send_bytes(pickle.dumps(answer))

@@ -51,6 +51,7 @@ class Checkpoints:
             dcp.save(dict(tensors), storage_writer=writer, **self._processes)
         files = sorted(path.name for path in partial.iterdir())
         own = {name: file_digest(partial / name) for name in self._ranks.mine(files)}
+        self._ranks.meet()
         digests = {name: digest for part in self._ranks.gather(own) for name, digest in part.items()}
         if self._ranks.is_main:
             atomic_write_json(partial / _PROGRESS, {"step": step, "files": digests, **progress})
@@ -70,6 +71,7 @@ class Checkpoints:
         found = None
         if self._ranks.is_main:
             found = next((progress for step in reversed(self._steps()) if (progress := self._intact(step)) is not None), None)
+        self._ranks.meet()  # digests of a large checkpoint take minutes
         return self._ranks.from_main(found)
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:

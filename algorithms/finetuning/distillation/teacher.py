@@ -87,10 +87,9 @@ def fill_cache(
 ) -> Iterator[None]:
     """Keep the ``kept`` most likely tokens of every position of the sequences [1, length], one file a sequence.
 
-    Yields once a micro-batch. A cache that is there already is left as it is.
+    Yields once a micro-batch. A finished cache of as many tokens is left as it is; what an interrupted one left is made again.
     """
-    done = directory / _DONE
-    if ranks.from_main(done.is_file()):
+    if ranks.from_main(cached_tokens(directory)) == kept:
         return
     for batch in in_micro_batches(sequences, micro_batch_size, ranks):
         log_probabilities = teacher.targets(batch.to(ranks.device)).float().log_softmax(-1)
@@ -104,7 +103,7 @@ def fill_cache(
         yield
     ranks.meet()
     if ranks.is_main:
-        atomic_write_json(done, {"kept": kept, "sequences": len(sequences)})
+        atomic_write_json(directory / _DONE, {"kept": kept, "sequences": len(sequences)})
     ranks.meet()
 
 

@@ -146,7 +146,7 @@ def _search(wanted: Tensor, codes: Tensor, codebooks: Tensor, limits: RecodeLimi
         scores = energies[m] - 2 * without @ book.T + without.square().sum(2)[..., None]
         scores.masked_fill_(_repeated(beam, m)[..., None], torch.inf)
         is_last = place == len(order) - 1
-        kept = min((2 if limits.forced else 1) if is_last else limits.beam_size, scores[0].numel())
+        kept = min((2 if limits.forced else 1) if is_last else limits.beam_size, beam.shape[1] * book.shape[0])
         _, chosen = scores.flatten(1).topk(kept, dim=1, largest=False)
         parent, code = chosen // book.shape[0], chosen % book.shape[0]
         entry = torch.arange(parent.shape[0], device=parent.device)[:, None]

@@ -15,7 +15,7 @@ from algorithms.base import Artifact, StageContext, StageError
 from algorithms.finetuning.distillation.adam import AdamRule
 from algorithms.finetuning.distillation.additive_student import AdditiveStudent, PvSettings
 from algorithms.finetuning.distillation.coded_linear import CodedLinear
-from algorithms.finetuning.distillation.loop import History, LoopSettings, Surroundings, distill
+from algorithms.finetuning.distillation.loop import LoopSettings, Surroundings, distill
 from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype, teacher_model
 from algorithms.finetuning.distillation.sharding import local, whole
 from algorithms.finetuning.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, cached_tokens, fill_cache
@@ -35,7 +35,7 @@ from algorithms.quantization.aqlm.finetune_config import FinetuneConfig
 logger = logging.getLogger(__name__)
 
 TUNED = "aqlm-finetune"
-_CACHE = ".teacher"
+_CACHE, _REPORT = ".teacher", "tuning.json"
 _CACHED_PASS = 4  # sequences, where the recipe leaves the size of a pass open
 _CONTAINERS = {"uint8": torch.int8, "uint16": torch.int16}
 _MOST_HELD_OUT, _HELD_OUT_SHARE = 128, 32
@@ -43,8 +43,26 @@ _MOST_HELD_OUT, _HELD_OUT_SHARE = 128, 32
 
 def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) -> Artifact:
     """Tune what the calibration left; leaves the same layout, and ``tuning.json`` with the losses of every step."""
+    ranks, directory = context.ranks, context.output_dir
+    is_finished = ranks.is_main and _is_finished(directory, context.source.num_blocks)
+    ranks.meet()
+    if ranks.from_main(is_finished):
+        logger.info("PV-Tuning was stopped after its last file; there is nothing left to do")
+    else:
+        _tune(context, Calibrated(artifact.directory), config)
+    digest = ""
+    if ranks.is_main:
+        _clear(directory)
+        digest = folder_digest(directory)
+    ranks.meet()
+    return Artifact(kind=TUNED, directory=directory, digest=ranks.from_main(digest))
+
+
+def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig) -> None:
+    ranks, key = context.ranks, "llm.AQLM.finetune_config"
     source = context.source.with_attention(config.attn_implementation)
-    ranks, calibrated, key = context.ranks, Calibrated(artifact.directory), "llm.AQLM.finetune_config"
+    if ranks.is_main:
+        (context.output_dir / _REPORT).unlink(missing_ok=True)  # of a result that has been damaged since
     how = Computation(
         ranks=ranks,
         amp_dtype=computed_dtype(config.amp_dtype, context.device, f"{key}.amp_dtype"),
@@ -74,12 +92,8 @@ def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) 
         shares = dict.fromkeys(before, 0.0)
         student = AdditiveStudent(student_model(source, calibrated, config, how), pv_settings(config), ranks)
     _write(context.output_dir, source, calibrated, student, ranks, shares)
-    digest = ""
     if ranks.is_main:
-        _write_report(context.output_dir, history, shares)
-        digest = folder_digest(context.output_dir)
-    ranks.meet()
-    return Artifact(kind=TUNED, directory=context.output_dir, digest=ranks.from_main(digest))
+        atomic_write_json(context.output_dir / _REPORT, {**asdict(history), "changed_codes": shares})
 
 
 def hold_out(sequences: Sequence[Tensor], config: FinetuneConfig) -> tuple[list[Tensor], list[Tensor]]:
@@ -276,9 +290,16 @@ def _additive(linear: CodedLinear) -> AdditiveCodes:
     )
 
 
-def _write_report(directory: Path, history: History, shares: Mapping[str, float]) -> None:
-    """``tuning.json``; and away with what only an unfinished run needs."""
-    atomic_write_json(directory / "tuning.json", {**asdict(history), "changed_codes": dict(shares)})
+def _is_finished(directory: Path, num_blocks: int) -> bool:
+    """Whether an earlier run has written everything: its report comes last."""
+    if not all((directory / name).is_file() for name in (_REPORT, OUTSIDE, "config.json")):
+        return False
+    store = BlockStore(directory)
+    return all(store.load(index) is not None for index in range(num_blocks))
+
+
+def _clear(directory: Path) -> None:
+    """Away with what only an unfinished run needs: checkpoints, also half written ones, and the teacher's cache."""
     for path in directory.glob(".*"):
-        if path.is_dir() and path.name.startswith((".checkpoint-", ".best-", _CACHE)):
+        if path.is_dir():
             shutil.rmtree(path)

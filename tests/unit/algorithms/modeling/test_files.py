@@ -22,6 +22,8 @@ def test_folder_digests_follow_names_and_content(tmp_path):
     (tmp_path / "a").write_text("1")
     first = folder_digest(tmp_path)
     (tmp_path / ".hidden").write_text("2")
+    (tmp_path / ".checkpoint").mkdir()
+    (tmp_path / ".checkpoint" / "a").write_text("2")
     assert folder_digest(tmp_path) == first
     (tmp_path / "a").rename(tmp_path / "b")
     renamed = folder_digest(tmp_path)

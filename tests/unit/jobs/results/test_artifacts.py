@@ -14,7 +14,7 @@ def write(folder, **files):
 
 def test_the_table_of_files_gives_the_digest_of_the_folder(tmp_path):
     folder = write(tmp_path / "a", b="1", a__c="22", a__b="", zz="3")
-    (folder / ".hidden").write_text("no part of it")
+    write(folder, **{".hidden": "no part of it", ".checkpoint-3__shard": "nor this", "a__.b__c": "nor this"})
     table = describe_folder(folder)
     assert list(table) == ["a/b", "a/c", "b", "zz"]
     assert table["a/c"].size == 2

@@ -124,3 +124,12 @@ def test_a_temperature_draws_by_weight():
     draws = [int(selection_keys(distances, temperature=1.0, generator=generator).argmax()) for _ in range(4000)]
     shares = torch.bincount(torch.tensor(draws), minlength=3) / 4000
     assert torch.allclose(shares, torch.tensor([1.0, 2.0, 4.0]) / 7, atol=0.03)
+
+
+@pytest.mark.parametrize(("codebooks", "forced"), [(1, False), (1, True), (2, False), (2, True)])
+def test_a_rank_without_any_of_the_furthest_groups_finds_nothing(codebooks, forced):
+    target, codes, scales, books = _case(groups=0, codebooks=codebooks)
+    limits = RecodeLimits(beam_size=2, forced=forced)
+    found, moves = propose(target, codes, scales, books, limits=limits, order=torch.arange(codebooks))
+    assert found.shape == (0, codebooks)
+    assert moves.shape == (0,)

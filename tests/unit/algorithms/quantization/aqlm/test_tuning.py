@@ -1,16 +1,14 @@
 """The finetune stage on tiny models: what it learns, that it resumes, and that ranks agree."""
 
-import contextlib
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from algorithms.base import Artifact, StageContext
+from algorithms.base import Artifact
 from algorithms.finetuning.distillation.loss import kl_divergence
 from algorithms.modeling.source import ModelSource
 from algorithms.parallel.ranks import ALONE
@@ -18,82 +16,17 @@ from algorithms.quantization.aqlm.algorithm import Aqlm
 from algorithms.quantization.aqlm.config import AqlmConfig
 from tests.support.models import FAMILIES, save_family, token_sequences
 from tests.support.rank_processes import run_on_ranks
-
-CALIBRATION = {
-    "nsamples": 8, "model_seqlen": 16, "val_size": 0, "num_codebooks": 2, "nbits_per_codebook": 4, "in_group_size": 4,
-    "finetune_max_epochs": 0,
-}  # fmt: skip
-TUNING = {
-    "model_seqlen": 16, "max_epochs": 2, "batch_size": 4, "microbatch_size": 2, "lr": 3e-3, "code_lr": 0.05,
-    "code_trust_ratio": None, "max_code_change_per_step": 0.1, "eval_datasets": [], "beam_size": 2,
-}  # fmt: skip
-
-
-class _KilledError(Exception):
-    pass
-
-
-def _algorithm(**changes):
-    blocks = {"calibration_config": CALIBRATION, "finetune_config": {**TUNING, **changes}}
-    return Aqlm(AqlmConfig.model_validate(blocks))
-
-
-@contextlib.contextmanager
-def _silent(description, total):
-    yield lambda note: None
-
-
-def _killed_at(step):
-    @contextlib.contextmanager
-    def progress(description, total):
-        done = 0
-
-        def advance(note):
-            nonlocal done
-            done += 1
-            if done == step and note != "done before":
-                raise _KilledError
-
-        yield advance
-
-    return progress
-
-
-def _context(source, folder, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "source": source, "tokens": token_sequences(10, 16), "validation_tokens": (), "output_dir": folder,
-        "scratch_dir": folder, "device": torch.device("cpu"), "seed": 0, "metrics": lambda record: None, "progress": _silent,
-    }  # fmt: skip
-    return StageContext(**{**settings, **changes})
-
-
-def _confident(base):
-    """A fresh model's distributions are all but flat, and their divergences drown in rounding: its weights are enlarged."""
-    (file,) = base.glob("*.safetensors")
-    factors = {"lm_head": 20.0, "embed_tokens": 5.0, "proj": 5.0}
-    tensors = {
-        name: next((factor for part, factor in factors.items() if part in name), 1.0) * tensor
-        for name, tensor in load_file(file).items()
-    }
-    save_file(tensors, file, metadata={"format": "pt"})
-    return base
-
-
-def _calibrated(folder, family="llama", **changes):
-    source = ModelSource(_confident(save_family(folder / "base", family, **changes)))
-    spec = _algorithm().stages()[0]
-    base = Artifact(kind="model", directory=source.directory, digest="base")
-    return source, spec.run(_context(source, folder / "calibration"), base)
-
-
-def _tuned(source, calibrated, folder, *, context=(), **changes):
-    spec = next(spec for spec in _algorithm(**changes).stages() if spec.name == "finetune")
-    return spec.run(_context(source, folder, **dict(context)), calibrated)
-
-
-def _report(artifact):
-    return json.loads((artifact.directory / "tuning.json").read_text())
+from tests.unit.algorithms.quantization.aqlm.tunings import (
+    CALIBRATION,
+    TUNING,
+    KilledError,
+    algorithm_of,
+    calibrate,
+    context_of,
+    killed_at,
+    report_of,
+    tune,
+)
 
 
 def _divergence(source, model, sequences):
@@ -114,13 +47,13 @@ def _files(artifact):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_tuned_model_is_nearer_to_the_original(tmp_path, family, tied):
-    source, calibrated = _calibrated(tmp_path, family, tied=tied)
-    tuned = _tuned(source, calibrated, tmp_path / "finetune", max_epochs=8, lr=1e-3, code_lr=0.01)
-    algorithm = _algorithm()
+    source, calibrated = calibrate(tmp_path, family, tied=tied)
+    tuned = tune(source, calibrated, tmp_path / "finetune", max_epochs=8, lr=1e-3, code_lr=0.01)
+    algorithm = algorithm_of()
     before, after = (_divergence(source, algorithm.load(artifact), token_sequences(10, 16)) for artifact in (calibrated, tuned))
     assert after < 0.8 * before
     assert algorithm.bits(tuned) == algorithm.bits(calibrated)
-    converted = algorithm.stages()[-1].run(_context(source, tmp_path / "converted"), tuned)
+    converted = algorithm.stages()[-1].run(context_of(source, tmp_path / "converted"), tuned)
     ours, client = algorithm.load(tuned), algorithm.load(converted)
     sequence = token_sequences(1, 16, seed=4)[0]
     torch.testing.assert_close(client(sequence).logits, ours(sequence).logits, atol=1e-5, rtol=1e-4)
@@ -128,17 +61,17 @@ def test_the_tuned_model_is_nearer_to_the_original(tmp_path, family, tied):
 
 def test_the_first_loss_is_that_of_the_calibrated_model_over_the_whole_batch(tmp_path):
     """No micro-batch is left out: with all sequences in one step, its loss is the divergence of everything."""
-    source, calibrated = _calibrated(tmp_path)
-    tuned = _tuned(source, calibrated, tmp_path / "finetune", max_epochs=1, batch_size=10, microbatch_size=1)
-    expected = _divergence(source, _algorithm().load(calibrated), token_sequences(10, 16))
-    assert _report(tuned)["losses"] == [pytest.approx(expected, rel=1e-4)]
+    source, calibrated = calibrate(tmp_path)
+    tuned = tune(source, calibrated, tmp_path / "finetune", max_epochs=1, batch_size=10, microbatch_size=1)
+    expected = _divergence(source, algorithm_of().load(calibrated), token_sequences(10, 16))
+    assert report_of(tuned)["losses"] == [pytest.approx(expected, rel=1e-4)]
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 4, None])
 def test_the_size_of_a_pass_changes_rounding_alone(tmp_path, microbatch_size):
-    source, calibrated = _calibrated(tmp_path)
+    source, calibrated = calibrate(tmp_path)
     losses = [
-        _report(_tuned(source, calibrated, tmp_path / str(size), microbatch_size=size, update_codes=False))["losses"]
+        report_of(tune(source, calibrated, tmp_path / str(size), microbatch_size=size, update_codes=False))["losses"]
         for size in (2, microbatch_size)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -146,16 +79,16 @@ def test_the_size_of_a_pass_changes_rounding_alone(tmp_path, microbatch_size):
 
 def test_padding_never_counts(tmp_path):
     """Sequences of two lengths in one pass give the losses of passes of their own."""
-    source, calibrated = _calibrated(tmp_path)
+    source, calibrated = calibrate(tmp_path)
     tokens = [sequence[:, : 16 - 5 * (place % 2)] for place, sequence in enumerate(token_sequences(8, 16))]
     losses = []
     for size in (1, 4):
         context = {"tokens": tokens}
-        tuned = _tuned(
+        tuned = tune(
             source, calibrated, tmp_path / str(size), context=context, microbatch_size=size, skip_grouping=True,
             update_codes=False,
         )  # fmt: skip
-        losses.append(_report(tuned)["losses"])
+        losses.append(report_of(tuned)["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -169,36 +102,70 @@ def test_padding_never_counts(tmp_path):
     ],
 )
 def test_a_killed_tuning_resumes_with_the_same_bits(tmp_path, killed, changes):
-    source, calibrated = _calibrated(tmp_path)
-    whole = _tuned(source, calibrated, tmp_path / "whole", **changes)
+    source, calibrated = calibrate(tmp_path)
+    whole = tune(source, calibrated, tmp_path / "whole", **changes)
     folder = tmp_path / "killed"
-    with pytest.raises(_KilledError):
-        _tuned(source, calibrated, folder, context={"progress": _killed_at(killed)}, **changes)
-    resumed = _tuned(source, calibrated, folder, **changes)
+    with pytest.raises(KilledError):
+        tune(source, calibrated, folder, context={"progress": killed_at(killed)}, **changes)
+    resumed = tune(source, calibrated, folder, **changes)
     assert _files(resumed) == _files(whole)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, caplog):
-    source, calibrated = _calibrated(tmp_path)
-    whole = _tuned(source, calibrated, tmp_path / "whole", save_every_steps=1)
+def test_what_kills_have_left_is_no_part_of_the_result(tmp_path):
+    source, calibrated = calibrate(tmp_path)
+    whole = tune(source, calibrated, tmp_path / "whole")
     folder = tmp_path / "killed"
-    with pytest.raises(_KilledError):
-        _tuned(source, calibrated, folder, context={"progress": _killed_at(4)}, save_every_steps=1)
+    for name in (".checkpoint-x", "..checkpoint-1.partial", "..best-1.partial", ".teacher"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.safetensors").write_text("a part of a file")
+    tuned = tune(source, calibrated, folder)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert tuned.digest == whole.digest
+
+
+@pytest.mark.parametrize("left", [".checkpoint-4", "..checkpoint-4.partial"])
+def test_killed_after_its_last_file_a_tuning_is_not_made_again(tmp_path, left):
+    source, calibrated = calibrate(tmp_path)
+    whole = tune(source, calibrated, tmp_path / "whole")
+    (whole.directory / left).mkdir()
+    again = tune(source, calibrated, whole.directory, context={"progress": killed_at(1)})
+    assert again.digest == whole.digest
+    assert not (whole.directory / left).exists()
+
+
+@pytest.mark.parametrize("missing", ["1.safetensors", "not_quantized_weights.safetensors", "tuning.json"])
+def test_a_tuning_of_which_a_file_is_gone_is_made_again(tmp_path, missing):
+    source, calibrated = calibrate(tmp_path)
+    whole = tune(source, calibrated, tmp_path / "whole")
+    expected = _files(whole)
+    (whole.directory / missing).unlink()
+    with pytest.raises(KilledError):
+        tune(source, calibrated, whole.directory, context={"progress": killed_at(3)}, save_every_steps=1)
+    assert not (whole.directory / "tuning.json").exists(), "what is there is of two runs"
+    assert _files(tune(source, calibrated, whole.directory, save_every_steps=1)) == expected
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, caplog):
+    source, calibrated = calibrate(tmp_path)
+    whole = tune(source, calibrated, tmp_path / "whole", save_every_steps=1)
+    folder = tmp_path / "killed"
+    with pytest.raises(KilledError):
+        tune(source, calibrated, folder, context={"progress": killed_at(4)}, save_every_steps=1)
     (file,) = (folder / ".checkpoint-3").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    resumed = _tuned(source, calibrated, folder, save_every_steps=1)
+    resumed = tune(source, calibrated, folder, save_every_steps=1)
     assert "is damaged" in caplog.text
     assert _files(resumed) == _files(whole)
 
 
 def test_the_best_state_is_judged_on_held_out_sequences(tmp_path):
     """A rate that ruins everything leaves the start, which was judged too."""
-    source, calibrated = _calibrated(tmp_path)
-    tuned = _tuned(source, calibrated, tmp_path / "finetune", keep_best_model=True, lr=0.5, val_size=3)
-    report = _report(tuned)
+    source, calibrated = calibrate(tmp_path)
+    tuned = tune(source, calibrated, tmp_path / "finetune", keep_best_model=True, lr=0.5, val_size=3)
+    report = report_of(tuned)
     assert report["best_step"] == 0
     assert [entry["step"] for entry in report["evaluations"]] == [0, 2, 4]
     before, after = (load_file(artifact.directory / "0.safetensors") for artifact in (calibrated, tuned))
@@ -206,38 +173,38 @@ def test_the_best_state_is_judged_on_held_out_sequences(tmp_path):
 
 
 def test_texts_are_shown_and_decide_nothing(tmp_path):
-    source, calibrated = _calibrated(tmp_path)
+    source, calibrated = calibrate(tmp_path)
     lines = []
     context = {"evaluate": lambda model: {"text": float(next(model.parameters()).shape[0])}, "metrics": lines.append}
-    shown = _tuned(source, calibrated, tmp_path / "shown", context=context, eval_every_steps=2)
+    shown = tune(source, calibrated, tmp_path / "shown", context=context, eval_every_steps=2)
     assert [line["perplexity"] for line in lines if line["event"] == "evaluation"] == [{"text": 259.0}] * 3
-    silent = _tuned(source, calibrated, tmp_path / "silent")
+    silent = tune(source, calibrated, tmp_path / "silent")
     assert load_file(shown.directory / "1.safetensors").keys() == load_file(silent.directory / "1.safetensors").keys()
     assert (shown.directory / "1.safetensors").read_bytes() == (silent.directory / "1.safetensors").read_bytes()
 
 
 def test_a_tuning_that_diverges_hands_on_what_it_was_given(tmp_path, caplog):
-    source, calibrated = _calibrated(tmp_path)
-    tuned = _tuned(source, calibrated, tmp_path / "finetune", lr=1e30, lamb=False, max_epochs=4)
-    assert _report(tuned)["stopped"] is not None
+    source, calibrated = calibrate(tmp_path)
+    tuned = tune(source, calibrated, tmp_path / "finetune", lr=1e30, lamb=False, max_epochs=4)
+    assert report_of(tuned)["stopped"] is not None
     assert "lower lr" in caplog.text
     before, after = (load_file(artifact.directory / "0.safetensors") for artifact in (calibrated, tuned))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_teacher_kept_in_full_is_the_teacher(tmp_path):
-    source, calibrated = _calibrated(tmp_path)
-    live = _tuned(source, calibrated, tmp_path / "live", update_codes=False)
-    cached = _tuned(source, calibrated, tmp_path / "cached", update_codes=False, teacher_cache=10_000)
-    few = _tuned(source, calibrated, tmp_path / "few", update_codes=False, teacher_cache=8)
-    assert _report(cached)["losses"] == pytest.approx(_report(live)["losses"], rel=1e-2)
-    assert _report(few)["losses"][0] < _report(live)["losses"][0]
+    source, calibrated = calibrate(tmp_path)
+    live = tune(source, calibrated, tmp_path / "live", update_codes=False)
+    cached = tune(source, calibrated, tmp_path / "cached", update_codes=False, teacher_cache=10_000)
+    few = tune(source, calibrated, tmp_path / "few", update_codes=False, teacher_cache=8)
+    assert report_of(cached)["losses"] == pytest.approx(report_of(live)["losses"], rel=1e-2)
+    assert report_of(few)["losses"][0] < report_of(live)["losses"][0]
 
 
 def test_a_text_that_is_held_out_in_full_is_refused(tmp_path):
-    source, calibrated = _calibrated(tmp_path)
+    source, calibrated = calibrate(tmp_path)
     with pytest.raises(ValueError, match="val_size"):
-        _tuned(source, calibrated, tmp_path / "finetune", val_size=10)
+        tune(source, calibrated, tmp_path / "finetune", val_size=10)
 
 
 def test_codes_that_do_not_fit_their_dtype_are_refused(tmp_path):
@@ -252,9 +219,9 @@ def test_codes_that_do_not_fit_their_dtype_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("amp", "changes"), [("bfloat16", {}), ("float16", {"load_dtype": "float16"})])
 def test_other_precisions_tune_as_well(tmp_path, amp, changes):
-    source, calibrated = _calibrated(tmp_path)
-    exact = _report(_tuned(source, calibrated, tmp_path / "exact"))["losses"]
-    other = _report(_tuned(source, calibrated, tmp_path / "other", amp_dtype=amp, **changes))["losses"]
+    source, calibrated = calibrate(tmp_path)
+    exact = report_of(tune(source, calibrated, tmp_path / "exact"))["losses"]
+    other = report_of(tune(source, calibrated, tmp_path / "other", amp_dtype=amp, **changes))["losses"]
     assert all(math.isfinite(loss) for loss in other)
     assert other == pytest.approx(exact, rel=0.2)
 
@@ -265,13 +232,13 @@ SHARED = {"save_every_steps": 1, "keep_best_model": True, "val_size": 3}
 def _on_a_rank(ranks, base, calibrated, folder, killed, changes):
     context = {"ranks": ranks}
     if killed is not None:
-        context["progress"] = _killed_at(killed)
+        context["progress"] = killed_at(killed)
     artifact = Artifact(kind="aqlm-calibration", directory=Path(calibrated), digest="calibrated")
     try:
-        tuned = _tuned(ModelSource(Path(base)), artifact, Path(folder), context=context, **changes)
-    except _KilledError:
+        tuned = tune(ModelSource(Path(base)), artifact, Path(folder), context=context, **changes)
+    except KilledError:
         return None
-    return _report(tuned)["losses"]
+    return report_of(tuned)["losses"]
 
 
 def _shared(size, source, calibrated, folder, killed=None, **changes):
@@ -290,8 +257,8 @@ def _shared(size, source, calibrated, folder, killed=None, **changes):
     ],
 )
 def test_ranks_learn_what_one_process_learns(tmp_path, size, changes):
-    source, calibrated = _calibrated(tmp_path)
-    alone = _report(_tuned(source, calibrated, tmp_path / "alone", **{**SHARED, **changes}))["losses"]
+    source, calibrated = calibrate(tmp_path)
+    alone = report_of(tune(source, calibrated, tmp_path / "alone", **{**SHARED, **changes}))["losses"]
     losses = _shared(size, source, calibrated, tmp_path / "shared", **changes)
     assert all(other == losses[0] for other in losses)
     assert losses[0] == pytest.approx(alone, rel=5e-3)
@@ -299,8 +266,8 @@ def test_ranks_learn_what_one_process_learns(tmp_path, size, changes):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_tuning_goes_on_with_another_number_of_ranks(tmp_path, before, after):
-    source, calibrated = _calibrated(tmp_path)
-    alone = _report(_tuned(source, calibrated, tmp_path / "alone", **SHARED))["losses"]
+    source, calibrated = calibrate(tmp_path)
+    alone = report_of(tune(source, calibrated, tmp_path / "alone", **SHARED))["losses"]
     folder = tmp_path / "shared"
     _shared(before, source, calibrated, folder, killed=3)
     assert (folder / ".checkpoint-2").is_dir()
@@ -310,4 +277,4 @@ def test_a_tuning_goes_on_with_another_number_of_ranks(tmp_path, before, after):
 
 
 def test_a_process_alone_has_no_group():
-    assert dataclasses.replace(_context(None, Path())).ranks is ALONE
+    assert dataclasses.replace(context_of(None, Path())).ranks is ALONE
