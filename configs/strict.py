@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,10 +67,6 @@ class AlgorithmParameters(Parameters):
     def evaluate_only(self) -> bool:
         """Whether the recipe asks for figures of the uncompressed model and nothing else."""
         return False
-
-    def refusal(self, stages: Sequence[str] | None) -> str | None:
-        """Why a run of these stages (None: all) cannot work whatever the model is, and which key to change; None if it can."""
-        return None
 
     def memory_remedies(self) -> tuple[str, ...]:
         """Overrides (``KEY=VALUE``, below the algorithm's block) that need less memory, gentlest first."""

@@ -67,9 +67,6 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: C
     crew = crew or Crew()
     if loaded.parameters.evaluate_only:
         return evaluate_only(loaded, parts=parts)
-    refusal = loaded.parameters.refusal(loaded.recipe.stages)
-    if refusal is not None:  # before a model is fetched for nothing
-        raise DataError(refusal)
     with _opened(loaded, parts, crew) as (materials, job), _Run(job, loaded, materials.run):
         texts = _texts(job)
         plan = materials.verified_plan(job.manifest.current)
