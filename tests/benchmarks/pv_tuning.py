@@ -71,7 +71,11 @@ def cost(job: Path) -> str:
     steps = [line for line in steps if line.get("event") == "step"]
     counts = [sum(line.get(f"codes_{name}", 0) for line in steps) for name in ("examined", "proposed", "changed")]
     seconds = sum(line["cpu_seconds"] for line in steps) / len(steps)
-    return f"{len(steps)} steps of {seconds:.2f} CPU s; groups examined {counts[0]}, proposed {counts[1]}, changed {counts[2]}"
+    stage = json.loads((job / "manifest.json").read_text(encoding="utf-8"))["stages"]["finetune"]
+    return (
+        f"{len(steps)} steps of {seconds:.2f} CPU s, {stage['user_cpu_s']:.1f} in all, wall {stage['wall_s']:.1f} s; "
+        f"groups examined {counts[0]}, proposed {counts[1]}, changed {counts[2]}"
+    )
 
 
 def mean(figures: Mapping[str, float]) -> float:
