@@ -1,6 +1,5 @@
 """The finetune stage on tiny models: what it learns, that it resumes, and that ranks agree."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 from algorithms.base import Artifact
 from algorithms.finetuning.distillation.loss import kl_divergence
 from algorithms.modeling.source import ModelSource
-from algorithms.parallel.ranks import ALONE
 from algorithms.quantization.aqlm.algorithm import Aqlm
 from algorithms.quantization.aqlm.config import AqlmConfig
 from tests.support.models import FAMILIES, save_family, token_sequences
@@ -254,6 +252,8 @@ def _shared(size, source, calibrated, folder, killed=None, **changes):
         (2, {"code_trust_ratio": 0.05, "delta_decay": 1, "max_grad_norm": 0.01}),
         (3, {"microbatch_size": 1, "update_codes": False}),
         (2, {"teacher_cache": 16}),
+        (2, {"update_non_quantized_parameters": False}),
+        (2, {"update_codebooks_and_scales": False, "update_non_quantized_parameters": False, "force_code_update": True}),
     ],
 )
 def test_ranks_learn_what_one_process_learns(tmp_path, size, changes):
@@ -262,6 +262,16 @@ def test_ranks_learn_what_one_process_learns(tmp_path, size, changes):
     losses = _shared(size, source, calibrated, tmp_path / "shared", **changes)
     assert all(other == losses[0] for other in losses)
     assert losses[0] == pytest.approx(alone, rel=5e-3)
+
+
+@pytest.mark.parametrize("gathers_in_amp", [False, True])
+def test_ranks_tune_in_other_precisions(tmp_path, gathers_in_amp):
+    source, calibrated = calibrate(tmp_path)
+    changes = {"amp_dtype": "bfloat16", "use_fsdp_amp": gathers_in_amp, "straight_through_buffer_dtype": "bfloat16"}
+    alone = report_of(tune(source, calibrated, tmp_path / "alone", **{**SHARED, "amp_dtype": "bfloat16"}))["losses"]
+    losses = _shared(2, source, calibrated, tmp_path / "shared", **changes)
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(alone, rel=0.1)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
@@ -274,7 +284,3 @@ def test_a_tuning_goes_on_with_another_number_of_ranks(tmp_path, before, after):
     losses = _shared(after, source, calibrated, folder)
     assert losses[0][:2] == pytest.approx(alone[:2], rel=1e-3)
     assert losses[0] == pytest.approx(alone, rel=5e-3)
-
-
-def test_a_process_alone_has_no_group():
-    assert dataclasses.replace(context_of(None, Path())).ranks is ALONE
