@@ -74,6 +74,12 @@ class Checkpoints:
         self._ranks.meet()  # digests of a large checkpoint take minutes
         return self._ranks.from_main(found)
 
+    def is_intact(self, step: int) -> bool:
+        """Whether a checkpoint is all there."""
+        found = self._ranks.is_main and self._intact(step) is not None
+        self._ranks.meet()
+        return self._ranks.from_main(found)
+
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Read a checkpoint into tensors of the same names and shapes, however they are sharded."""
         with _quiet():
@@ -94,7 +100,7 @@ class Checkpoints:
                 return progress
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        logger.warning("%s is damaged and not used; the one before it, or the start, is taken instead", place)
+        logger.warning("%s is damaged and not used", place)
         return None
 
     def _steps(self) -> list[int]:

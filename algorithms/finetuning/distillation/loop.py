@@ -208,16 +208,21 @@ class _Run:
 
     def finish(self) -> None:
         """Put the best state back if that is asked for, and see whether the last one can be stored at all."""
-        largest = max((local(tensor).abs().max().item() for tensor in self._floating()), default=0.0)
-        (beyond,) = self._ranks.sum_numbers(float(not largest <= _LARGEST_STORED))
+        sizes = [local(tensor).abs().max().item() for tensor in self._floating()]
+        (beyond,) = self._ranks.sum_numbers(float(any(not size <= _LARGEST_STORED for size in sizes)))  # NaN is beyond, too
         if beyond and self.history.stopped is None:
-            self.history.stopped = f"a tensor reached {largest:.3g}, which cannot be stored"
-            logger.warning("%s; lower lr or code_lr", self.history.stopped)
+            self.history.stopped = "a tensor has grown beyond what can be stored"
+            logger.warning("PV-Tuning has diverged: %s; lower lr or code_lr", self.history.stopped)
         best = self.history.best_step
-        if self._settings.keep_best and best is not None and best != self.step:
+        if not self._settings.keep_best or best is None or best == self.step:
+            return
+        if self._best.is_intact(best):
             self._best.load(best, self._student.values())
             self._student.loaded()
             logger.info("the student of step %d is kept: its held-out divergence was the lowest", best)
+        else:
+            self.history.best_step = None
+            logger.warning("the student of the last step is kept, since that of step %d is damaged", best)
 
     def _floating(self) -> Iterator[Tensor]:
         return (

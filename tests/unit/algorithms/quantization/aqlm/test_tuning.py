@@ -170,6 +170,18 @@ def test_the_best_state_is_judged_on_held_out_sequences(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_damaged_best_state_is_not_put_back(tmp_path, caplog):
+    source, calibrated = calibrate(tmp_path)
+    folder, changes = tmp_path / "finetune", {"keep_best_model": True, "lr": 0.2, "val_size": 3, "save_every_steps": 1}
+    with pytest.raises(KilledError):
+        tune(source, calibrated, folder, context={"progress": killed_at(3)}, **changes)
+    (file,) = (folder / ".best-0").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    tuned = tune(source, calibrated, folder, **changes)
+    assert "since that of step 0 is damaged" in caplog.text
+    assert report_of(tuned)["best_step"] is None
+
+
 def test_texts_are_shown_and_decide_nothing(tmp_path):
     source, calibrated = calibrate(tmp_path)
     lines = []
