@@ -186,7 +186,7 @@ class AdditiveStudent:
 
     def _clip(self, continuous: list[_Continuous]) -> float | None:
         limit = self._settings.max_grad_norm
-        if limit is None:
+        if limit is None or not continuous:
             return None
         squares = torch.stack([tensor.gradient.float().square().sum(dtype=torch.float64) for tensor in continuous])
         (total,) = self._ranks.sum_numbers(squares.sum().item())
@@ -215,8 +215,9 @@ class AdditiveStudent:
         return counts
 
     def _decoded(self, linear: CodedLinear) -> Tensor:
-        """This rank's rows of a layer's weight in float32."""
-        return linear.decode(local(linear.codes), whole(linear.codebooks), local(linear.scales)).float()
+        """This rank's rows of a layer's weight in float32: targets do not start with the rounding of the compute dtype."""
+        codebooks, scales = whole(linear.codebooks).float(), local(linear.scales).float()
+        return linear.decode_exactly(local(linear.codes), codebooks, scales)
 
     def _adam(self, name: str, part: Tensor, gradient: Tensor, rule: AdamRule, rate: float, number: int) -> None:
         moments = {kind: local(tensor) for kind, tensor in self._moments[name].items()}

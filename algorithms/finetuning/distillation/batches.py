@@ -76,9 +76,9 @@ class Batches:
         return micros, sum(self._sequences[index].numel() for index in chosen)
 
 
-def in_micro_batches(sequences: Sequence[Tensor], size: int, ranks: Ranks) -> Iterator[MicroBatch]:
-    """This rank's share of all sequences [1, length] in order, with as many micro-batches on every rank."""
-    return _micro_batches(sequences, range(len(sequences)), size, ranks)
+def in_micro_batches(sequences: Sequence[Tensor], size: int, ranks: Ranks, *, first: int = 0) -> Iterator[MicroBatch]:
+    """This rank's share of the sequences [1, length] from ``first`` on, in order, with as many micro-batches on every rank."""
+    return _micro_batches(sequences, range(first, len(sequences)), size, ranks)
 
 
 def _micro_batches(sequences: Sequence[Tensor], chosen: Sequence[int], size: int, ranks: Ranks) -> Iterator[MicroBatch]:

@@ -76,8 +76,12 @@ class CodedLinear(nn.Module):
 
     def decode(self, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
         """Rows of the weight, [rows*og, I] in the compute dtype, from their codes and scales."""
+        return self.decode_exactly(codes, codebooks, scales).to(self._compute)
+
+    def decode_exactly(self, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+        """Rows of the weight, [rows*og, I] in the dtype of codebooks and scales."""
         sums = sum_codewords(self.rows_of(codes), codebooks).view(codes.shape[0], self.num_input_groups, -1)
-        return ungroup(sums * scales[:, None, None], self.group_shape).to(self._compute)
+        return ungroup(sums * scales[:, None, None], self.group_shape)
 
     def rows_of(self, codes: Tensor) -> Tensor:
         """Codes [rows, ni, M] in their container as row numbers into the codebooks, [rows*ni, M] int64."""

@@ -132,7 +132,7 @@ def distill(
 
     Args:
         student: tuned in place; ends as the last step left it, or as its best evaluation did.
-        teacher: the original model.
+        teacher: the original model; one that has been cached knows the training sequences, and after them those held out.
         training: token sequences [1, length] to learn from, the same on every rank.
         held_out: those to judge by; may be empty.
         settings: see there.
@@ -161,7 +161,8 @@ class _Run:
         settings: LoopSettings,
         around: Surroundings,
     ) -> None:
-        self._student, self._teacher, self._held_out = student, teacher, held_out
+        self._student, self._teacher = student, teacher
+        self._training, self._held_out = training, held_out
         self._settings, self._around, self._ranks = settings, around, around.ranks
         self._batches = Batches(
             training,
@@ -316,7 +317,9 @@ class _Run:
     def _held_out_divergence(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
         size = self._settings.micro_batch_size or self._settings.batch_size
-        for batch in in_micro_batches(self._held_out, size, self._ranks):
+        # Numbered behind the training sequences, as a teacher's cache has them.
+        sequences = [*self._training, *self._held_out]
+        for batch in in_micro_batches(sequences, size, self._ranks, first=len(self._training)):
             total += self._divergence(batch.to(self._ranks.device))
         self._ranks.sum_(total)
         return total.item() / sum(sequence.numel() for sequence in self._held_out)

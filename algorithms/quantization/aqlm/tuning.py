@@ -74,7 +74,7 @@ def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig)
     before = _codes(student.model)
     settings = loop_settings(config)
     steps = settings.max_epochs * -(-len(training) // min(settings.batch_size, len(training)))
-    teacher = _teacher(context, source, config, how, training)
+    teacher = _teacher(context, source, config, how, [*training, *held_out])
     with context.progress("PV-Tuning", steps) as advance:
         around = Surroundings(
             ranks=ranks,
@@ -200,7 +200,7 @@ def _coded(
 
 
 def _teacher(
-    context: StageContext, source: ModelSource, config: FinetuneConfig, how: Computation, training: Sequence[Tensor]
+    context: StageContext, source: ModelSource, config: FinetuneConfig, how: Computation, sequences: Sequence[Tensor]
 ) -> Teacher:
     cache = context.output_dir / _CACHE
     if config.teacher_cache is not None and context.ranks.from_main(cached_tokens(cache)) == config.teacher_cache:
@@ -211,9 +211,9 @@ def _teacher(
     if config.teacher_cache is None:
         return live
     size = config.microbatch_size or _CACHED_PASS
-    share = -(-len(training) // context.ranks.size)
+    share = -(-len(sequences) // context.ranks.size)
     with context.progress("original model's logits", -(-share // size)) as advance:
-        for _ in fill_cache(cache, live, training, kept=config.teacher_cache, micro_batch_size=size, ranks=context.ranks):
+        for _ in fill_cache(cache, live, sequences, kept=config.teacher_cache, micro_batch_size=size, ranks=context.ranks):
             advance("")
     return CachedTeacher(cache)
 

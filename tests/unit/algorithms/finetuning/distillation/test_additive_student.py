@@ -15,9 +15,9 @@ ADAM = AdamRule(beta1=0.9, beta2=0.95)
 CODES = AdamRule(beta1=0.0, beta2=0.95)
 
 
-def _model(num_codebooks=1, num_codewords=16):
+def _model(num_codebooks=1, num_codewords=16, compute=torch.float32):
     weight = random_codes(8, 12, num_codebooks=num_codebooks, num_codewords=num_codewords, group_shape=(1, 4))
-    linear = CodedLinear(weight, None, container=torch.int16, master=torch.float32, compute=torch.float32, ranks=Ranks())
+    linear = CodedLinear(weight, None, container=torch.int16, master=torch.float32, compute=compute, ranks=Ranks())
     model = nn.Sequential(linear, nn.LayerNorm(8))
     return model, weight
 
@@ -145,6 +145,26 @@ def test_the_continuous_gradient_is_clipped_together():
     assert norm > 1e-3
     seconds = [tensor for name, tensor in student.state().items() if name.startswith("moment.second")]
     assert sum(2 * second.sum().item() for second in seconds) == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_clipping_has_nothing_to_do_where_codes_alone_move():
+    model, _ = _model()
+    student = _student(model.requires_grad_(False), max_grad_norm=1.0, moves_codebooks=False, moves_scales=False)
+    _backward(model)
+    assert student.step(1, 1.0).gradient_norm is None
+
+
+@pytest.mark.parametrize("delta_decay", [0.0, 0.5, 1.0])
+def test_targets_are_free_of_the_rounding_of_the_products(delta_decay):
+    """A rate of nothing leaves no distance between targets and weights: no group is further away than another."""
+    model, weight = _model(compute=torch.bfloat16)
+    student = _student(model, code_lr=0.0, lr=0.0, delta_decay=delta_decay)
+    seen = []
+    for number in (1, 2):
+        model(torch.randn(20, 12)).float().square().mean().backward()
+        seen.append(student._moved_target("0", number, 1.0).clone())
+        student.step(number, 1.0)
+    assert all(torch.equal(target, weight.dequantize()) for target in seen)
 
 
 def test_a_step_uses_up_the_gradients():

@@ -211,6 +211,18 @@ def test_a_teacher_kept_in_full_is_the_teacher(tmp_path):
     assert report_of(few)["losses"][0] < report_of(live)["losses"][0]
 
 
+@pytest.mark.parametrize("skip_grouping", [False, True])
+def test_a_cached_teacher_judges_the_held_out_sequences_by_their_own_logits(tmp_path, skip_grouping):
+    source, calibrated = calibrate(tmp_path)
+    lengths = range(7, 17) if skip_grouping else [16] * 10
+    context = {"tokens": [tokens[:, :length] for tokens, length in zip(token_sequences(10, 16), lengths, strict=True)]}
+    changes = {"context": context, "update_codes": False, "val_size": 6, "skip_grouping": skip_grouping}
+    live = tune(source, calibrated, tmp_path / "live", **changes)
+    cached = tune(source, calibrated, tmp_path / "cached", teacher_cache=10_000, **changes)
+    found, expected = ([entry["divergence"] for entry in report_of(artifact)["evaluations"]] for artifact in (cached, live))
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
 def test_a_text_that_is_held_out_in_full_is_refused(tmp_path):
     source, calibrated = calibrate(tmp_path)
     with pytest.raises(ValueError, match="val_size"):
