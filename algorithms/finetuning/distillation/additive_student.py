@@ -117,6 +117,14 @@ class AdditiveStudent:
         for linear in self._linears.values():
             linear.gradient = None
 
+    def gradients_are_finite(self) -> bool:
+        """Whether every rank can step."""
+        gradients = [parameter.grad for parameter in self._others.values() if parameter.grad is not None]
+        gradients += [linear.gradient for linear in self._linears.values() if linear.gradient is not None]
+        are_finite = all(bool(torch.isfinite(local(gradient)).all()) for gradient in gradients)
+        (others,) = self._ranks.sum_numbers(float(not are_finite))
+        return others == 0
+
     @torch.no_grad()
     def step(self, number: int, factor: float) -> StepReport:
         """Move everything against the gradients that backward passes have left, and forget these.

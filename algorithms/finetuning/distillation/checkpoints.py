@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from algorithms.modeling.files import atomic_write_json, file_digest
 from algorithms.parallel.ranks import Ranks
@@ -46,7 +47,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._ranks.meet()
-        with _quiet():
+        with _quiet(), _unwrapped():
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
             dcp.save(dict(tensors), storage_writer=writer, **self._processes)
         files = sorted(path.name for path in partial.iterdir())
@@ -82,7 +83,7 @@ class Checkpoints:
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Read a checkpoint into tensors of the same names and shapes, however they are sharded."""
-        with _quiet():
+        with _quiet(), _unwrapped():
             reader = HuggingFaceStorageReader(str(self._place(step)))
             dcp.load(dict(tensors), storage_reader=reader, **self._processes)
 
@@ -110,6 +111,16 @@ class Checkpoints:
 
     def _place(self, step: int) -> Path:
         return self._directory / f"{self._name}-{step}"
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """What ended a step of a checkpoint on any rank as it is: torch wraps even a request to stop, in a class of its own."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if isinstance(cause, KeyboardInterrupt)), causes[0]) from error
 
 
 @contextmanager

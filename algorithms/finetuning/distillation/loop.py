@@ -23,12 +23,14 @@ from algorithms.finetuning.distillation.checkpoints import Checkpoints
 from algorithms.finetuning.distillation.loss import kl_divergence
 from algorithms.finetuning.distillation.sharding import local, set_summing
 from algorithms.finetuning.distillation.teacher import Autocast, Teacher, counted
+from algorithms.finetuning.distillation.v_step import VStepCounts
 from algorithms.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 600.0
 _LARGEST_STORED = 65504.0  # in float16
+_IDLE_SHARE = 1e-3
 _MAX_FAILURES = 3  # steps in a row without a finite loss
 
 
@@ -55,6 +57,10 @@ class Student(Protocol):
 
     def discard_gradients(self) -> None:
         """Forget what backward passes have left."""
+        ...
+
+    def gradients_are_finite(self) -> bool:
+        """Whether the gradients that backward passes have left can be stepped against, on every rank."""
         ...
 
     def step(self, number: int, factor: float) -> StepReport:
@@ -174,6 +180,7 @@ class _Run:
         self._newest = Checkpoints(around.directory, ".checkpoint", around.ranks)
         self._best = Checkpoints(around.directory, ".best", around.ranks)
         self._saved = time.monotonic()
+        self._codes = VStepCounts()
         self.step, self.history = 0, History()
         self.steps = settings.max_epochs * self._batches.steps_per_epoch
 
@@ -195,13 +202,17 @@ class _Run:
         """One step, and what is due after it."""
         started = time.process_time()
         loss = self._accumulate()
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and self._student.gradients_are_finite()):
             self._skip(loss)
             return
-        report = self._student.step(self.step + 1, self._settings.factor(self.step, self.steps))
+        taken = self.step - len(self.history.skipped)  # a step that was left out has left no trace in the moments
+        report = self._student.step(taken + 1, self._settings.factor(self.step, self.steps))
         self.step += 1
         self.history.losses.append(loss)
         self._describe(loss, report, time.process_time() - started)
+        if self.step == self._batches.steps_per_epoch and self._codes.changed < _IDLE_SHARE * self._codes.examined:
+            message = "the V-step does next to nothing: of %d groups examined in this epoch, %d changed; raise code_lr"
+            logger.warning(message, self._codes.examined, self._codes.changed)
         if self._is_due(self._settings.evaluate_every) or self.step == self.steps:
             self._judge()
         if self._is_due(self._settings.save_every) or self._is_late():
@@ -254,20 +265,22 @@ class _Run:
         return kl_divergence(counted(logits, batch.mask), targets)
 
     def _skip(self, loss: float) -> None:
-        """Leave a step out whose loss is not finite; several in a row end the tuning."""
+        """Leave a step out whose loss or gradient is not finite; several in a row end the tuning."""
         self._student.discard_gradients()
         self.step += 1
         self.history.losses.append(loss)
         self.history.skipped.append(self.step)
-        logger.warning("step %d: the loss is %s; nothing moves in this step", self.step, loss)
+        what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
+        logger.warning("step %d: the %s; nothing moves in this step", self.step, what)
         self._around.advance(f"loss {loss}")
         last = list(range(self.step - _MAX_FAILURES + 1, self.step + 1))
         if self.history.skipped[-_MAX_FAILURES:] == last:
-            self.history.stopped = f"the loss was not finite in steps {last[0]} to {last[-1]}"
+            self.history.stopped = f"loss or gradient were not finite in steps {last[0]} to {last[-1]}"
             logger.warning("PV-Tuning ends: %s; lower lr or code_lr", self.history.stopped)
 
     def _describe(self, loss: float, report: StepReport, cpu_seconds: float) -> None:
         codes = report.codes
+        self._codes += codes
         line: dict[str, object] = {"event": "step", "step": self.step, "loss": loss, "cpu_seconds": round(cpu_seconds, 4)}
         note = f"KL {loss:.4g}"
         if report.gradient_norm is not None:

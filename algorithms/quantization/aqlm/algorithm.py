@@ -117,7 +117,7 @@ class Aqlm(CompressionAlgorithm):
                 settings=tuning.shaping,
                 tokens=request,
                 distributed=True,
-                evaluates=tuning.eval_datasets,
+                evaluates=tuple(name for name in tuning.eval_datasets if ":" not in name),  # tasks: see FinetuneConfig
             ),
         )
 

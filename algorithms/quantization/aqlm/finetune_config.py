@@ -101,7 +101,7 @@ class FinetuneConfig(Parameters):
     # how it runs
     load_dtype: LoadDtype = "float32"
     master_dtype: FloatDtype = "float32"
-    amp_dtype: FloatDtype = "float32"
+    amp_dtype: FloatDtype = Field(default="float32", validate_default=True)
     straight_through_buffer_dtype: FloatDtype = "float32"
     code_dtype: Annotated[str, BeforeValidator(Choice(CODE_DTYPES, prefix="torch."))] = "uint16"
     code_adam_16bit: Flag = False
@@ -175,6 +175,21 @@ class FinetuneConfig(Parameters):
         batch_size = info.data.get("batch_size")
         if value is not None and batch_size is not None and batch_size % value:
             raise expected(f"a divisor of batch_size, which is {batch_size}")
+        return value
+
+    @field_validator("keep_best_model")
+    @classmethod
+    def _something_is_held_out(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("validation_size") == 0:
+            raise expected("false, since val_size is 0: the best state is that of the lowest divergence on held-out sequences")
+        return value
+
+    @field_validator("amp_dtype")
+    @classmethod
+    def _products_are_no_wider_than_what_they_are_of(cls, value: str, info: ValidationInfo) -> str:
+        master = info.data.get("master_dtype", "float32")
+        if master not in ("float32", value):
+            raise expected(f"{master} like master_dtype, or master_dtype: float32")
         return value
 
     @field_validator("update_embeddings")

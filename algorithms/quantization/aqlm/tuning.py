@@ -63,6 +63,7 @@ def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig)
     source = context.source.with_attention(config.attn_implementation)
     if ranks.is_main:
         (context.output_dir / _REPORT).unlink(missing_ok=True)  # of a result that has been damaged since
+    _check(config, source, context.device)
     how = Computation(
         ranks=ranks,
         amp_dtype=computed_dtype(config.amp_dtype, context.device, f"{key}.amp_dtype"),
@@ -94,6 +95,24 @@ def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig)
     _write(context.output_dir, source, calibrated, student, ranks, shares)
     if ranks.is_main:
         atomic_write_json(context.output_dir / _REPORT, {**asdict(history), "changed_codes": shares})
+
+
+def _check(config: FinetuneConfig, source: ModelSource, device: torch.device) -> None:
+    """Refuse what shows only once the device and the model are known.
+
+    Raises:
+        StageError: which key to change.
+    """
+    key = "llm.AQLM.finetune_config"
+    if config.amp_dtype == "float16" and device.type == "cuda":
+        raise StageError(
+            f"{key}.amp_dtype: in float16 most of the gradient of a divergence that is averaged over many tokens is zero. "
+            "Choose bfloat16 or float32."
+        )
+    classes = {type(module).__name__ for module in source.skeleton().modules()}
+    unknown = [name for name in config.wrap_separately if name not in classes]
+    if unknown:
+        raise StageError(f"{key}.wrap_separately: the model has no {', '.join(unknown)}. It has {', '.join(sorted(classes))}.")
 
 
 def hold_out(sequences: Sequence[Tensor], config: FinetuneConfig) -> tuple[list[Tensor], list[Tensor]]:
@@ -160,7 +179,7 @@ def loop_settings(config: FinetuneConfig) -> LoopSettings:
 
 def student_model(source: ModelSource, calibrated: Calibrated, config: FinetuneConfig, how: Computation) -> nn.Module:
     """The calibrated model with :class:`CodedLinear` layers, gradients wanted for what the recipe tunes."""
-    master: torch.dtype = getattr(torch, config.master_dtype)
+    master = computed_dtype(config.master_dtype, how.ranks.device, "llm.AQLM.finetune_config.master_dtype")
     container = _CONTAINERS.get(config.code_dtype) or getattr(torch, config.code_dtype)
     stored = calibrated.blocks()
 

@@ -174,3 +174,12 @@ def test_a_step_uses_up_the_gradients():
     student.step(1, 1.0)
     assert model[0].gradient is None
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_seen():
+    model, _ = _model()
+    student = _student(model)
+    _backward(model)
+    assert student.gradients_are_finite()
+    model[0].gradient[0, 0] = torch.nan
+    assert not student.gradients_are_finite()

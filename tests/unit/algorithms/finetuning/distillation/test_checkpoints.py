@@ -147,3 +147,16 @@ def test_any_number_of_ranks_goes_on_from_any_other(tmp_path, before, after):
     assert run_on_ranks(_saved_by_ranks, before, str(tmp_path), before) == [before] * before
     for found in run_on_ranks(_loaded_by_ranks, after, str(tmp_path), before):
         _assert_same(found, _tensors(before))
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt("stopped"), OSError("no space left")])
+def test_what_ends_a_save_comes_out_as_it_is(tmp_path, monkeypatch, cause):
+    """torch wraps it in a class that is no Exception, which nothing above would know for a request to stop."""
+
+    def _stopped(*arguments):
+        raise cause
+
+    monkeypatch.setattr(checkpoints.HuggingFaceStorageWriter, "write_data", _stopped)
+    with pytest.raises(type(cause), match=str(cause)):
+        _checkpoints(tmp_path).save(1, _tensors(), {})
+    assert _checkpoints(tmp_path).newest() is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from algorithms.base import Artifact
+from algorithms.base import Artifact, StageError
 from algorithms.finetuning.distillation.loss import kl_divergence
 from algorithms.modeling.source import ModelSource
 from algorithms.quantization.aqlm.algorithm import Aqlm
@@ -239,7 +239,28 @@ def test_codes_that_do_not_fit_their_dtype_are_refused(tmp_path):
         Aqlm(AqlmConfig.model_validate(blocks)).preflight(source, ["finetune"])
 
 
-@pytest.mark.parametrize(("amp", "changes"), [("bfloat16", {}), ("float16", {"load_dtype": "float16"})])
+def test_a_class_to_gather_apart_has_to_be_there(tmp_path):
+    source, calibrated = calibrate(tmp_path)
+    with pytest.raises(StageError, match=r"no LamaMLP.*LlamaMLP"):
+        tune(source, calibrated, tmp_path / "finetune", wrap_separately=["LamaMLP"])
+
+
+@pytest.mark.parametrize(("code_lr", "is_said"), [(1e-6, True), (3.0, False)])
+def test_a_v_step_that_does_nothing_is_said_so(tmp_path, caplog, code_lr, is_said):
+    source, calibrated = calibrate(tmp_path)
+    tune(source, calibrated, tmp_path / "finetune", code_lr=code_lr)
+    assert ("raise code_lr" in caplog.text) is is_said
+
+
+@pytest.mark.parametrize(
+    ("amp", "changes"),
+    [
+        ("bfloat16", {}),
+        ("bfloat16", {"master_dtype": "bfloat16"}),
+        ("float16", {"load_dtype": "float16"}),
+        ("float16", {"master_dtype": "float16"}),
+    ],
+)
 def test_other_precisions_tune_as_well(tmp_path, amp, changes):
     source, calibrated = calibrate(tmp_path)
     exact = report_of(tune(source, calibrated, tmp_path / "exact"))["losses"]
