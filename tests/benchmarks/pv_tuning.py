@@ -35,7 +35,8 @@ LOOP = {
     "gradient_checkpointing": "false",
     "eval_datasets": "[]",
 }
-DEFAULT = "batch_size=4 lr=2e-3 adam_beta2=0.99 lr_schedule=cosine update_codes=false"
+LOOP_OF_README = "batch_size=4 lr=2e-3 adam_beta2=0.99 lr_schedule=cosine code_trust_ratio=null"
+DEFAULT = (f"{LOOP_OF_README} update_codes=false", f"{LOOP_OF_README} code_lr=0.02")
 
 
 def run(arguments: argparse.Namespace, folder: Path, job: str, text: Path, overrides: Sequence[str]) -> Path:
@@ -108,7 +109,7 @@ def main() -> None:
         start = run(arguments, folder, "start", arguments.calibration, [])
         before = _figures(start)
         report(f"{arguments.codebooks}x8, calibrated", before, "")
-        for place, setting in enumerate(arguments.setting or [DEFAULT]):
+        for place, setting in enumerate(arguments.setting or DEFAULT):
             job = tune(arguments, folder, start, f"tuned{place}", setting)
             after = _figures(job)
             closed = (mean(before) - mean(after)) / (mean(before) - mean(goal))
