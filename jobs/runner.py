@@ -15,7 +15,6 @@ from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from configs.errors import CertificateError, DataError, RankLostError
 from configs.loader import LoadedRecipe
-from jobs import launch
 from jobs.evaluation import CorpusFigures, Texts, describe, load_texts
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.conclusion import Outcome, conclude, measure
@@ -25,6 +24,7 @@ from jobs.execution.stage import Job, run_stage
 from jobs.logs import log_failure, logging_to
 from jobs.manifest import ManifestFile, RunRecord, Status, read_manifest
 from jobs.planning import Action, Plan
+from jobs.processes import this_process
 from jobs.processes.crew import Crew
 from jobs.processes.environment import note_on_processes
 from jobs.reporting.plan_text import JobPlan, describe_job
@@ -143,7 +143,7 @@ def _execute(materials: Materials, job: Job, plan: Plan, texts: Texts | None) ->
 def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[tuple[Materials, Job]]:
     """Device, folders, log, lock and manifest of a job; all given back on leaving, the manifest told how it ended."""
     recipe = loaded.recipe
-    notes = (note_on_processes(recipe), launch.apply_visible_devices(recipe.cuda_id))
+    notes = (note_on_processes(recipe), this_process.apply_visible_devices(recipe.cuda_id))
     workspace = open_workspace(recipe)
     check_target(workspace.job_dir, read_manifest(workspace.manifest_path).published)
     workspace.create()
@@ -161,7 +161,7 @@ def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[
             manifest=manifest,
             parts=parts,
             crew=crew,
-            device=launch.choose_device(crew.process),
+            device=this_process.choose_device(crew.process),
             run_id=materials.run.id,
             data=describe_data(recipe),
         )

@@ -17,10 +17,10 @@ from algorithms.base import Process
 from algorithms.parallel.ranks import Ranks
 from configs.errors import RankFailedError, RankLostError
 from jobs.execution.interruption import ignore_stops
-from jobs.launch import process_from_environment
 from jobs.processes.board import Board, Failure, Order, attempt, open_board, shared_store
 from jobs.processes.connection import is_lost_connection
 from jobs.processes.group import opened_group
+from jobs.processes.this_process import process_from_environment
 
 logger = logging.getLogger(__name__)
 

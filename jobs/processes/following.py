@@ -21,13 +21,13 @@ from transformers.utils import logging as transformers_logging
 from algorithms.base import StageContext, StageSpec
 from configs.errors import ExitCode, RankFailedError, RankLostError, exit_code
 from configs.loader import LoadedRecipe
-from jobs import launch
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.memory import naming_remedies
 from jobs.execution.preparation import build_algorithm
 from jobs.execution.stage import run_spec
 from jobs.execution.stage_texts import evaluation_on
 from jobs.logs import log_failure, logging_to
+from jobs.processes import this_process
 from jobs.processes.board import Board, Dismissed, Failure, Order, open_board
 from jobs.processes.connection import is_lost_connection
 from jobs.processes.group import opened_group
@@ -56,7 +56,7 @@ def follow(loaded: LoadedRecipe, job: int, *, parts: Collaborators | None = None
         RankLostError: the leader is gone.
         RankFailedError: this rank met an error, which the leader has said.
     """
-    board = board or open_board(launch.process_from_environment(), job, os.environ)
+    board = board or open_board(this_process.process_from_environment(), job, os.environ)
     parts = parts or Collaborators()
     try:
         with _silent(), _signs_of_life(board), _Report(board) as report:
@@ -75,7 +75,7 @@ def _work(loaded: LoadedRecipe, parts: Collaborators, board: Board, report: _Rep
     if first is None:
         return
     # Only now: an order says that the leader holds the job and has made its folders.
-    launch.apply_visible_devices(loaded.recipe.cuda_id)
+    this_process.apply_visible_devices(loaded.recipe.cuda_id)
     workspace = open_workspace(loaded.recipe)
     with logging_to(workspace.logs_dir, board.process, parts.terminal):
         process = board.process
@@ -100,7 +100,7 @@ def _take_part(
 ) -> None:
     """One stage, in step with the other ranks."""
     source = parts.open_model(Path(order.model_directory), order.model_name, order.trust_remote_code)
-    workspace, device = open_workspace(loaded.recipe), launch.choose_device(board.process)
+    workspace, device = open_workspace(loaded.recipe), this_process.choose_device(board.process)
     with naming_remedies(loaded):
         tokens = None if spec.tokens is None else parts.load_tokens(loaded.recipe, spec.tokens, source, workspace)
     board.say_ready(number)

@@ -3,8 +3,8 @@ import torch
 
 from algorithms.base import Process
 from configs.errors import DataError, MissingEnvironmentError
-from jobs import launch
-from jobs.launch import apply_visible_devices, choose_device, process_from_environment
+from jobs.processes import this_process
+from jobs.processes.this_process import apply_visible_devices, choose_device, process_from_environment
 
 
 def test_the_process_is_what_torchrun_says():
@@ -26,7 +26,7 @@ def machine(monkeypatch, tmp_path):
     def pretend(count, environment):
         for number in range(count):
             (tmp_path / str(number)).mkdir()
-        monkeypatch.setattr(launch, "_NVIDIA_DEVICES", tmp_path)
+        monkeypatch.setattr(this_process, "_NVIDIA_DEVICES", tmp_path)
         monkeypatch.setattr(torch.version, "cuda", "13.0" if count else None)
         visible = environment.get("CUDA_VISIBLE_DEVICES")
 
