@@ -59,7 +59,7 @@ def calibrate(context: StageContext, source: ModelSource, compressor: BlockCompr
     """
     directory, ranks = context.output_dir, context.ranks
     if ranks.is_main:
-        _write_outside(source, directory)
+        write_outside(source.directory, directory, source.tensors(source.outside_names()))
     reports: list[Mapping[str, object]] = []
     with context.progress(f"{how.name} calibration", source.num_blocks) as advance:
 
@@ -161,11 +161,11 @@ def _spread(sequences: Sequence[Tensor], count: int | None) -> tuple[list[Tensor
     return [sequences[place] for place in sorted(chosen)], [s for place, s in enumerate(sequences) if place not in chosen]
 
 
-def _write_outside(source: ModelSource, directory: Path) -> None:
-    tensors = {name: to_storage(tensor, name) for name, tensor in source.tensors(source.outside_names()).items()}
-    atomic_save_tensors(directory / OUTSIDE, tensors)
-    copy_companions(source.directory, directory)
-    shutil.copyfile(source.directory / "config.json", directory / "config.json")
+def write_outside(origin: Path, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """What of a calibration's folder belongs to no block: ``tensors`` as they are stored, and the small files of ``origin``."""
+    atomic_save_tensors(directory / OUTSIDE, {name: to_storage(tensor, name) for name, tensor in tensors.items()})
+    copy_companions(origin, directory)
+    shutil.copyfile(origin / "config.json", directory / "config.json")
 
 
 def _note(index: int, report: Mapping[str, object]) -> str:

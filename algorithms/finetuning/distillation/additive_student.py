@@ -98,9 +98,12 @@ class AdditiveStudent:
         return state
 
     def loaded(self) -> None:
-        """Follow values that have changed; a process alone decodes each weight once, not in every pass."""
-        if self._settings.moves_codes:
-            self._scatters = {}
+        """Follow values that were changed from outside."""
+        self._scatters = {}
+        self._keep_dense()
+
+    def _keep_dense(self) -> None:
+        """A process alone decodes each weight once, not in every pass."""
         if self._ranks.size == 1:
             for linear in self._linears.values():
                 linear.keep_dense()
@@ -143,7 +146,7 @@ class AdditiveStudent:
         for name, target in targets.items():
             counts += self._move_codes(name, target, number)
         self.discard_gradients()
-        self.loaded()
+        self._keep_dense()
         examined, proposed, changed = self._ranks.sum_numbers(counts.examined, counts.proposed, counts.changed)
         totals = VStepCounts(examined=int(examined), proposed=int(proposed), changed=int(changed))
         return StepReport(gradient_norm=norm, codes=totals)
@@ -218,6 +221,8 @@ class AdditiveStudent:
         place = (settings.seed, "v-step", number, name)
         codebooks = whole(linear.codebooks)
         counts = v_step(linear, target, codebooks, limits=settings.limits, place=place, ranks=self._ranks)
+        if counts.changed:
+            self._scatters.pop(name, None)
         if name in self._targets and settings.delta_decay > 0:
             target.lerp_(self._decoded(linear).to(target.dtype), settings.delta_decay)
         return counts

@@ -40,6 +40,11 @@ def stack(sequences: Sequence[Tensor], numbers: Sequence[int]) -> MicroBatch:
     return MicroBatch(tokens=tokens, mask=mask, numbers=tuple(numbers))
 
 
+def steps_per_epoch(num_sequences: int, batch_size: int) -> int:
+    """Steps in which every sequence is seen once."""
+    return -(-num_sequences // min(batch_size, num_sequences))
+
+
 class Batches:
     """The training sequences, [1, length] each, in steps of ``batch_size``; the last step of an epoch may be smaller.
 
@@ -60,8 +65,8 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every sequence is seen once."""
-        return -(-len(self._sequences) // self._batch_size)
+        """See :func:`steps_per_epoch`."""
+        return steps_per_epoch(len(self._sequences), self._batch_size)
 
     def step(self, number: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of a step (from 0), and the number of tokens of all ranks' together.

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.base import Artifact, StageContext, StageError
+from algorithms.blockwise.stages import write_outside
 from algorithms.finetuning.distillation.adam import AdamRule
 from algorithms.finetuning.distillation.additive_student import AdditiveStudent, PvSettings
+from algorithms.finetuning.distillation.batches import steps_per_epoch
 from algorithms.finetuning.distillation.coded_linear import CodedLinear
 from algorithms.finetuning.distillation.loop import LoopSettings, Surroundings, distill
 from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype, teacher_model
@@ -23,8 +25,7 @@ from algorithms.formats.aqlm import pack, packed_linears, unpack
 from algorithms.formats.checkpoint import OUTSIDE, Calibrated
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.block_store import BlockStore
-from algorithms.modeling.companions import copy_companions
-from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, folder_digest
+from algorithms.modeling.files import atomic_write_json, folder_digest
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.codebooks.additive import AdditiveCodes
 from algorithms.numerics.codebooks.constrained_recode import RecodeLimits
@@ -74,7 +75,7 @@ def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig)
     student = AdditiveStudent(student_model(source, calibrated, config, how), pv_settings(config), ranks)
     before = _codes(student.model)
     settings = loop_settings(config)
-    steps = settings.max_epochs * -(-len(training) // min(settings.batch_size, len(training)))
+    steps = settings.max_epochs * steps_per_epoch(len(training), settings.batch_size)
     teacher = _teacher(context, source, config, how, [*training, *held_out])
     with context.progress("PV-Tuning", steps) as advance:
         around = Surroundings(
@@ -86,13 +87,13 @@ def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig)
             evaluate=context.evaluate,
         )
         history = distill(student, teacher, training, held_out, settings, around)
+    shares = dict.fromkeys(before, 0.0)
     if history.is_usable:
         shares = _changed(before, student.model, ranks)
-    else:
+        _write(context.output_dir, source, calibrated, student.model, ranks)
+    elif ranks.is_main:
         logger.warning("PV-Tuning came to nothing: the calibrated model is handed on as it was")
-        shares = dict.fromkeys(before, 0.0)
-        student = AdditiveStudent(student_model(source, calibrated, config, how), pv_settings(config), ranks)
-    _write(context.output_dir, source, calibrated, student, ranks, shares)
+        _hand_on(context.output_dir, calibrated)
     if ranks.is_main:
         atomic_write_json(context.output_dir / _REPORT, {**asdict(history), "changed_codes": shares})
 
@@ -109,6 +110,8 @@ def _check(config: FinetuneConfig, source: ModelSource, device: torch.device) ->
             f"{key}.amp_dtype: in float16 most of the gradient of a divergence that is averaged over many tokens is zero. "
             "Choose bfloat16 or float32."
         )
+    if not config.wrap_separately:
+        return
     classes = {type(module).__name__ for module in source.skeleton().modules()}
     unknown = [name for name in config.wrap_separately if name not in classes]
     if unknown:
@@ -256,23 +259,26 @@ def _write(
     directory: Path,
     source: ModelSource,
     calibrated: Calibrated,
-    student: AdditiveStudent,
+    model: nn.Module,
     ranks: Ranks,
-    shares: Mapping[str, float],
 ) -> None:
     """The tuned model in the layout of a calibration, block by block; every rank has to come along."""
-    parts, store = _Parts(student.model), BlockStore(directory)
+    parts, store = _Parts(model), BlockStore(directory)
     for index in range(source.num_blocks):
-        prefix = source.block_prefix(index)
-        tensors = parts.below(prefix)
+        tensors = parts.below(source.block_prefix(index))
         if ranks.is_main:
-            changed = {name.removeprefix(prefix): share for name, share in shares.items() if name.startswith(prefix)}
-            store.save(index, tensors, {"index": index, "changed_codes": changed})
+            store.save(index, tensors, {"index": index})
     outside = parts.outside(f"{source.architecture.blocks}.", list(calibrated.outside()))
     if ranks.is_main:
-        atomic_save_tensors(directory / OUTSIDE, outside)
-        copy_companions(calibrated.directory, directory)
-        shutil.copyfile(calibrated.directory / "config.json", directory / "config.json")
+        write_outside(calibrated.directory, directory, outside)
+
+
+def _hand_on(directory: Path, calibrated: Calibrated) -> None:
+    """The calibrated model once more, untuned."""
+    store = BlockStore(directory)
+    for index, tensors in calibrated.blocks():
+        store.save(index, tensors, {"index": index})
+    write_outside(calibrated.directory, directory, calibrated.outside())
 
 
 class _Parts:
@@ -297,7 +303,7 @@ class _Parts:
     def outside(self, blocks: str, names: Sequence[str]) -> dict[str, Tensor]:
         """Everything that belongs to no block, under the names that were stored before: a tied head has one of two."""
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        return {name: to_storage(whole(parameters[name].detach()).cpu(), name) for name in names if not name.startswith(blocks)}
+        return {name: whole(parameters[name].detach()).cpu() for name in names if not name.startswith(blocks)}
 
 
 def _additive(linear: CodedLinear) -> AdditiveCodes:
