@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from algorithms.formats.aqlm import packed_linears, unpack
+from algorithms.formats.checkpoint import Calibrated
 from tests.benchmarks.aqlm_perplexity import RECIPE, ROOT, read_text, score
 
 SERVICE = Path("jobs") / "Kompress"
@@ -79,6 +81,23 @@ def cost(job: Path) -> str:
     )
 
 
+def spacing(calibration: Path) -> str:
+    """How far a group has to move before another codeword is nearer, in shares of a typical group's norm."""
+    distances = []
+    for _, tensors in Calibrated(calibration).blocks():
+        for name in packed_linears(list(tensors)):
+            weight = unpack(tensors, name)
+            groups = weight.unscaled() * weight.scales[:, None, None]
+            nearest = torch.full(weight.codes.shape[:2], math.inf)
+            for codewords, codes in zip(weight.codebooks.flatten(2), weight.codes.unbind(2), strict=True):
+                between = torch.cdist(codewords, codewords).fill_diagonal_(math.inf).amin(1)
+                nearest = torch.minimum(nearest, between[codes])
+            half_way = nearest * weight.scales[:, None] / 2
+            distances.append((half_way / groups.square().sum(2).mean().sqrt()).flatten())
+    shares = torch.cat(distances).quantile(torch.tensor([0.01, 0.5])).tolist()
+    return f"half the way to another codeword: {shares[1]:.0%} of a group's norm (median), {shares[0]:.0%} (first percentile)"
+
+
 def mean(figures: Mapping[str, float]) -> float:
     """Geometric mean."""
     return math.exp(sum(math.log(value) for value in figures.values()) / len(figures))
@@ -108,7 +127,7 @@ def main() -> None:
         folder = Path(name)
         start = run(arguments, folder, "start", arguments.calibration, [])
         before = _figures(start)
-        report(f"{arguments.codebooks}x8, calibrated", before, "")
+        report(f"{arguments.codebooks}x8, calibrated", before, spacing(start / "tmp" / "calibration"))
         for place, setting in enumerate(arguments.setting or DEFAULT):
             job = tune(arguments, folder, start, f"tuned{place}", setting)
             after = _figures(job)
