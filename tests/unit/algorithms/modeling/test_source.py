@@ -75,5 +75,5 @@ def test_the_digest_follows_the_content(tmp_path):
 
 
 def test_an_unknown_family_lists_the_known_ones():
-    with pytest.raises(ValueError, match="llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="llama, mistral, qwen2, qwen3, gemma"):
         architecture_for("mamba")
