@@ -15,6 +15,7 @@ from algorithms.finetuning.config import BlockTuningConfig
 from algorithms.finetuning.learned_rounding import RoundingLinear, tune_rounding
 from algorithms.formats.checkpoint import DenseState
 from algorithms.formats.storage import to_storage
+from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_loop import BlockData
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.spread import WHOLE, Spread
@@ -44,7 +45,8 @@ class Method(Generic[Weight]):
     decodes all that are among a block's, ``stored_bits`` counts them. ``tunable`` makes a linear under training from a stored
     weight, the wanted one and a bias, and ``tuned`` the stored weight again. ``name`` keys the randomness. With ``join``, the
     rows of a matrix can be fitted apart from each other, ``rows_together`` and their multiples at a time, and it puts such
-    parts together again, in their order.
+    parts together again, in their order. ``prepare`` changes a block before its groups are fitted, without changing what it
+    computes (see :meth:`algorithms.modeling.block_loop.BlockCompressor.prepare_block`), and returns figures for its report.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Method(Generic[Weight]):
     tuned: Callable[[RoundingLinear, Weight], Weight]
     join: Callable[[Sequence[Weight]], Weight] | None = None
     rows_together: int = 1
+    prepare: Callable[[int, nn.Module, Activations | None, Ranks], Mapping[str, object]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +107,19 @@ class CodedCompressor(Generic[Weight]):
         self._started = 0.0
         self._reports: dict[str, dict[str, object]] = {}
         self._stored: dict[str, Weight] = {}
+        self._prepared: Mapping[str, object] = {}
 
     @property
     def tunes(self) -> bool:
         """Whether block tuning follows."""
         return self._tuning is not None
 
-    def prepare_block(self, index: int, block: nn.Module) -> None:
-        """Round what is not compressed, and start the block's account."""
+    def prepare_block(self, index: int, block: nn.Module, inputs: Activations | None) -> None:
+        """Start the block's account, let the method change the block, and round what is not compressed."""
+        self._started, self._reports, self._stored, self._prepared = time.process_time(), {}, {}, {}
+        if self._method.prepare is not None:
+            self._prepared = self._method.prepare(index, block, inputs, self._ranks)
         round_to_storage(block, self._linears)
-        self._started, self._reports, self._stored = time.process_time(), {}, {}
 
     def compress_group(
         self, index: int, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None
@@ -171,7 +177,7 @@ class CodedCompressor(Generic[Weight]):
 
     def finish_block(self, index: int, block: nn.Module, data: BlockData | None) -> dict[str, object]:
         """Tune the block if that is asked for; returns its report."""
-        report: dict[str, object] = {"index": index, "linears": self._reports}
+        report: dict[str, object] = {"index": index, "linears": self._reports, **self._prepared}
         if data is not None and self._tuning is not None:
             generator = keyed_generator(self._seed, self._method.name, index, "tuning", *self._ranks.key)
             report["tuning"] = asdict(tune_rounding(index, block, data, self._tuning, generator))

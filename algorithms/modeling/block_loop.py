@@ -67,8 +67,12 @@ class BlockCompressor(Protocol):
         """Whether a block is worked on as a whole once its linears are replaced."""
         ...
 
-    def prepare_block(self, index: int, block: nn.Module) -> None:
-        """Change a block before its statistics are gathered (rounding of what is not compressed)."""
+    def prepare_block(self, index: int, block: nn.Module, inputs: Activations | None) -> None:
+        """Change a block before its statistics are gathered: rounding of what is not compressed, scales that are folded.
+
+        What it computes must stay the same up to rounding. ``inputs`` are the compressed prefix's hidden states before it, of
+        this rank's sequences, to be left as they are; None without data.
+        """
         ...
 
     def compress_group(
@@ -192,7 +196,7 @@ class _BlockStep:
     def compress(self, block: nn.Module, store: _SharedStore) -> Mapping[str, object]:
         """Compress and store the block, and let the streams pass it; returns its report."""
         original = copy.deepcopy(block)
-        self.compressor.prepare_block(self.index, block)
+        self.compressor.prepare_block(self.index, block, self.streams.training)
         figures = self._compress_all(block, original)
         data = self._data(original) if self.compressor.tunes else None
         report = {**self.compressor.finish_block(self.index, block, data), **figures}
@@ -257,7 +261,7 @@ class _BlockStep:
 def _compress_without_data(
     architecture: ModelArchitecture, compressor: BlockCompressor, block: nn.Module, index: int, store: _SharedStore
 ) -> Mapping[str, object]:
-    compressor.prepare_block(index, block)
+    compressor.prepare_block(index, block, None)
     for group in architecture.input_groups:
         linears = {name: linear_at(block, name) for name in group}
         for name, module in compressor.compress_group(index, linears, None).items():

@@ -15,8 +15,7 @@ from torch import Tensor
 
 # A group of zeros needs some scale. One this small has lost most of float16's digits, but codes are chosen for it as stored.
 SMALLEST_SCALE = 2.0**-20
-_SHRINKAGES = 24
-_SHRINK_RANGE = 0.6
+_ZERO_BITS = 4  # of zeros whose products with a scale are kept exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,32 +57,69 @@ class UniformCodes:
         return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def fit_grid(columns: Tensor, weights: Tensor, *, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class RangeSearch:
+    """Which ranges are tried for a group, as factors of the full one, and the power of an error that is summed."""
+
+    factors: tuple[float, ...] = tuple(1 - 0.6 * step / 24 for step in range(24))
+    degree: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How groups get their scales and zeros.
+
+    ``search`` chooses each range by its error; None takes minimum and maximum. ``exact_products`` leaves scales so few digits
+    that scale times zero is a float16 number, for formats that store this product.
+    """
+
+    bits: int
+    symmetric: bool
+    search: RangeSearch | None = None
+    exact_products: bool = False
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def full(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales, not yet rounded, and whole zeros of grids that span ``low`` (at most 0) to ``high`` (at least 0)."""
+        if self.symmetric:
+            scales = torch.maximum(-low, high) * 2 / self.top
+            return scales, torch.full_like(scales, 1 << (self.bits - 1))
+        return whole_zero_grid(low, high, self.top)
+
+    def stored(self, scales: Tensor) -> Tensor:
+        """Scales as they are stored."""
+        stored = stored_scales(scales)
+        return short_scales(stored) if self.exact_products else stored
+
+
+def fit_grid(columns: Tensor, weights: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scales and whole zeros [O] of one group, from its columns [g, O]; scales are float16 values.
 
-    The grid spans the range of each row's weights and zero. With ``search`` the range is shrunk, in 24 steps to 0.4 of it at
-    the most, to the least squared error under ``weights`` [g]: what clipping a few weights costs, finer steps can give back.
-    A row of zeros gets the smallest scale.
+    The grid spans the range of each row's weights and zero. With a search the range is shrunk to the least error under
+    ``weights`` [g]: what clipping a few weights costs, finer steps can give back. A row of zeros gets the smallest scale.
     """
-    top = (1 << bits) - 1
-    low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
-    if symmetric:
-        full = torch.maximum(-low, high) * 2 / top
-        zeros = torch.full_like(full, 1 << (bits - 1))
-    else:
-        full, zeros = whole_zero_grid(low, high, top)
-    scales = stored_scales(full)
-    if not search:
+    full, zeros = grid.full(columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0))
+    scales = grid.stored(full)
+    if grid.search is None:
         return scales, zeros
     least = torch.full_like(scales, torch.inf)
-    for step in range(_SHRINKAGES):
-        tried = stored_scales(full * (1 - _SHRINK_RANGE * step / _SHRINKAGES))
-        rounded = torch.round(columns / tried + zeros).clamp_(0, top).sub_(zeros).mul_(tried)
-        errors = weights @ rounded.sub_(columns).square_()
+    for factor in grid.search.factors:
+        tried = grid.stored(full * factor)
+        rounded = torch.round(columns / tried + zeros).clamp_(0, grid.top).sub_(zeros).mul_(tried)
+        errors = weights @ powers(rounded.sub_(columns), grid.search.degree)
         better = errors < least
         least = torch.where(better, errors, least)
         scales = torch.where(better, tried, scales)
     return scales, zeros
+
+
+def powers(errors: Tensor, degree: float) -> Tensor:
+    """|errors|^degree, in place."""
+    return errors.square_() if degree == 2 else errors.abs_().pow_(degree)
 
 
 def whole_zero_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -103,24 +139,26 @@ def stored_scales(scales: Tensor) -> Tensor:
     return scales.clamp(min=SMALLEST_SCALE).half().float()
 
 
+def short_scales(scales: Tensor) -> Tensor:
+    """Float16 scales rounded to so few digits that their products with zeros of 0 to 15 are float16 numbers as well."""
+    mantissa, exponent = torch.frexp(scales)
+    digits = 1 << (11 - _ZERO_BITS)
+    return torch.ldexp(torch.round(mantissa * digits) / digits, exponent)
+
+
 class UniformColumns:
     """The column quantizer of GPTQ and of rounding to nearest: one grid for each row and group of columns.
 
     Args:
         num_columns: I.
-        bits: of a code, 1 to 8.
         group_size: g, a divisor of I.
-        symmetric: zeros stay at 2^(bits - 1).
-        search: choose each range by its squared error rather than by minimum and maximum.
+        grid: how groups get their scales.
         order: with ``static`` groups, the model column at each place of the sweep, [I] int64.
     """
 
-    def __init__(
-        self, num_columns: int, *, bits: int, group_size: int, symmetric: bool, search: bool, order: Tensor | None = None
-    ) -> None:
+    def __init__(self, num_columns: int, *, group_size: int, grid: Grid, order: Tensor | None = None) -> None:
         self.group_size = group_size
-        self._bits, self._symmetric, self._search = bits, symmetric, search
-        self._order = order
+        self._grid, self._order = grid, order
         self._groups = [place // group_size for place in range(num_columns)]
         self._is_static = False
         self._scales: dict[int, Tensor] = {}
@@ -154,7 +192,7 @@ class UniformColumns:
     def requantize(self, place: int, column: Tensor) -> Tensor:
         """See :class:`algorithms.numerics.column_sweep.ColumnQuantizer`."""
         scales, zeros = self._scales[self._groups[place]], self._zeros[self._groups[place]]
-        codes = torch.div(column, scales).add_(zeros).round_().clamp_(0, (1 << self._bits) - 1)
+        codes = torch.div(column, scales).add_(zeros).round_().clamp_(0, self._grid.top)
         self._codes[place] = codes
         return (codes - zeros).mul_(scales)
 
@@ -172,11 +210,9 @@ class UniformColumns:
             codes=codes.T.contiguous().to(torch.uint8),
             scales=torch.stack([self._scales[group] for group in range(num_groups)], 1),
             zeros=torch.stack([self._zeros[group] for group in range(num_groups)], 1),
-            bits=self._bits,
+            bits=self._grid.bits,
             groups=groups,
         )
 
     def _fit(self, group: int, columns: Tensor, pivots: Tensor) -> None:
-        self._scales[group], self._zeros[group] = fit_grid(
-            columns, pivots.square().reciprocal(), bits=self._bits, symmetric=self._symmetric, search=self._search
-        )
+        self._scales[group], self._zeros[group] = fit_grid(columns, pivots.square().reciprocal(), self._grid)

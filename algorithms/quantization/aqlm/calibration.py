@@ -14,6 +14,7 @@ from algorithms.blockwise.stages import round_to_storage
 from algorithms.finetuning.block_tuning import TuningSettings, tune_block
 from algorithms.formats.aqlm import dense_state, pack
 from algorithms.formats.storage import to_storage
+from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_loop import BlockData
 from algorithms.numerics.codebooks.additive import AdditiveCodes
 from algorithms.numerics.codebooks.additive_fit import AdditiveSettings, fit_additive
@@ -73,7 +74,7 @@ class AqlmCompressor:
         """Whether block tuning follows."""
         return self._config.finetune_max_epochs > 0
 
-    def prepare_block(self, index: int, block: nn.Module) -> None:
+    def prepare_block(self, index: int, block: nn.Module, inputs: Activations | None) -> None:
         """Round what is not compressed, and start the block's account."""
         round_to_storage(block, self._linears)
         self._block = _Progress(started=time.process_time(), linears={})

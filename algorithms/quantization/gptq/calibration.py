@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from algorithms.numerics.column_sweep import inverse_factor, refine, sweep
+from algorithms.numerics.grids.uniform_sweep import SweepSettings, fit_uniform
 from algorithms.numerics.statistics import InputStatistics
-from algorithms.numerics.uniform import UniformCodes, UniformColumns
+from algorithms.numerics.uniform import Grid, RangeSearch, UniformCodes
 from algorithms.quantization.gptq.config import GptqConfig
 
 
@@ -22,31 +21,13 @@ def fit(wanted: Mapping[str, Tensor], statistics: InputStatistics | None, config
         config: bits, groups and order.
     """
     assert statistics is not None
-    matrix = torch.cat(list(wanted.values()))
-    hessian = statistics.hessian()
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if config.act_order else None
-    factor = inverse_factor(hessian, config.damping, order)
-    columns = (matrix if order is None else matrix[:, order]).T.contiguous()
-    quantizer = UniformColumns(
-        columns.shape[0],
-        bits=config.bits,
-        group_size=columns.shape[0] if config.group_size == -1 else config.group_size,
-        symmetric=config.symmetric,
-        search=config.range_search,
-        order=order,
+    search = RangeSearch() if config.range_search else None
+    settings = SweepSettings(
+        grid=Grid(bits=config.bits, symmetric=config.symmetric, search=search),
+        group_size=config.group_size,
+        act_order=config.act_order,
+        static_groups=config.static_groups,
+        damping=config.damping,
+        refinements=config.refinements,
     )
-    if config.static_groups:
-        quantizer.fix_groups(columns, factor.pivots)
-    result = sweep(columns, factor, quantizer)
-    for _ in range(config.refinements):
-        refine(columns, result, factor.hessian, quantizer)
-    return split(quantizer.result(), wanted)
-
-
-def split(codes: UniformCodes, wanted: Mapping[str, Tensor]) -> dict[str, UniformCodes]:
-    """The rows of a stack of matrices, by the name of each."""
-    parts, start = {}, 0
-    for name, matrix in wanted.items():
-        parts[name] = codes.rows(start, start + matrix.shape[0])
-        start += matrix.shape[0]
-    return parts
+    return fit_uniform(wanted, statistics.hessian(), settings)

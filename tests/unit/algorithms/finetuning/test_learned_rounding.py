@@ -11,7 +11,7 @@ from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_loop import BlockData
 from algorithms.numerics.column_sweep import inverse_factor, sweep
 from algorithms.numerics.sparse_columns import SparseColumns, SparseSettings, saliency_scale
-from algorithms.numerics.uniform import UniformColumns
+from algorithms.numerics.uniform import Grid, RangeSearch, UniformColumns
 from algorithms.quantization.spqr import weight as spqr_weight
 from tests.support.matrices import problem
 
@@ -28,7 +28,8 @@ def _uniform(name, *, scattered=False):
     matrix, hessian = _wanted(name)
     order = torch.argsort(hessian.diagonal(), descending=True) if scattered else None
     columns = (matrix if order is None else matrix[:, order]).T.contiguous()
-    quantizer = UniformColumns(columns.shape[0], bits=BITS, group_size=GROUP, symmetric=False, search=True, order=order)
+    grid = Grid(bits=BITS, symmetric=False, search=RangeSearch())
+    quantizer = UniformColumns(columns.shape[0], group_size=GROUP, grid=grid, order=order)
     sweep(columns, inverse_factor(hessian, 0.01, order), quantizer)
     return matrix, quantizer.result()
 

@@ -23,7 +23,7 @@ class _Halving:
         self.tunes = tunes
         self.hessians, self.wanted, self.data, self.order, self.prepared = {}, {}, {}, [], []
 
-    def prepare_block(self, index, block):
+    def prepare_block(self, index, block, inputs):
         self.prepared.append(index)
 
     def compress_group(self, index, linears, statistics):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from algorithms.numerics.column_sweep import inverse_factor, quadratic_loss, refine, sweep
-from algorithms.numerics.uniform import UniformColumns, fit_grid
+from algorithms.numerics.uniform import Grid, RangeSearch, UniformColumns, fit_grid
 from tests.support.matrices import problem
 
 WHOLE_ROW = -1
@@ -29,9 +29,9 @@ class _Grid:
 
 
 def _uniform(columns, group_size, **changes):
-    settings = {"bits": 3, "symmetric": False, "search": True} | changes
+    grid = Grid(**({"bits": 3, "symmetric": False, "search": RangeSearch()} | changes))
     size = columns.shape[0] if group_size == WHOLE_ROW else group_size
-    return UniformColumns(columns.shape[0], group_size=size, **settings)
+    return UniformColumns(columns.shape[0], group_size=size, grid=grid)
 
 
 def _damped(hessian, damping):
@@ -191,10 +191,10 @@ def test_every_group_begins_whole_and_up_to_date(width, group_size):
 def test_without_a_factor_every_column_is_rounded_to_nearest():
     matrix, _ = problem(7, 64)
     columns = matrix.T.contiguous()
-    result = sweep(columns, None, _uniform(columns, 16, search=False))
+    result = sweep(columns, None, _uniform(columns, 16, search=None))
     for start in range(0, 64, 16):
         group = columns[start : start + 16]
-        scales, zeros = fit_grid(group, torch.ones(16), bits=3, symmetric=False, search=False)
+        scales, zeros = fit_grid(group, torch.ones(16), Grid(bits=3, symmetric=False))
         grid = scales[:, None] * (torch.arange(8) - zeros[:, None])  # [O, 8]
         nearest = (group[:, :, None] - grid).abs().amin(-1)
         torch.testing.assert_close((group - result[start : start + 16]).abs(), nearest, atol=1e-6, rtol=0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from algorithms.numerics.column_sweep import inverse_factor, refine, sweep
-from algorithms.numerics.uniform import SMALLEST_SCALE, UniformCodes, UniformColumns, fit_grid, stored_scales
+from algorithms.numerics.uniform import SMALLEST_SCALE, Grid, RangeSearch, UniformCodes, UniformColumns, fit_grid, stored_scales
 from tests.support.matrices import problem
 
 
@@ -21,7 +21,7 @@ def _nearest_error(column, scale, zero, bits, weights):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_grid_is_the_best_of_its_candidates(bits, symmetric):
     columns, weights = _columns()
-    scales, zeros = fit_grid(columns, weights, bits=bits, symmetric=symmetric, search=True)
+    scales, zeros = fit_grid(columns, weights, Grid(bits=bits, symmetric=symmetric, search=RangeSearch()))
     top = (1 << bits) - 1
     for row in range(columns.shape[1]):
         column = columns[:, row].double()
@@ -43,8 +43,8 @@ def test_the_grid_is_the_best_of_its_candidates(bits, symmetric):
 def test_searching_never_costs_more_than_the_full_range(bits, symmetric):
     columns, weights = _columns(rows=200)
     errors = []
-    for search in (False, True):
-        scales, zeros = fit_grid(columns, weights, bits=bits, symmetric=symmetric, search=search)
+    for search in (None, RangeSearch()):
+        scales, zeros = fit_grid(columns, weights, Grid(bits=bits, symmetric=symmetric, search=search))
         errors.append(
             torch.stack(
                 [
@@ -62,19 +62,20 @@ def test_zeros_are_whole_and_none_is_zero(bits):
     columns, weights = _columns(rows=64)
     columns[:, :8] = columns[:, :8].abs()
     columns[:, 8:16] = -columns[:, 8:16].abs()
-    scales, zeros = fit_grid(columns, weights, bits=bits, symmetric=False, search=True)
+    scales, zeros = fit_grid(columns, weights, Grid(bits=bits, symmetric=False, search=RangeSearch()))
     assert torch.equal(zeros, zeros.round())
     assert zeros.min() == 1
     assert zeros.max() == (1 << bits) - 1
     assert torch.equal(
-        fit_grid(columns, weights, bits=bits, symmetric=True, search=True)[1], torch.full((64,), 2.0 ** (bits - 1))
+        fit_grid(columns, weights, Grid(bits=bits, symmetric=True, search=RangeSearch()))[1],
+        torch.full((64,), 2.0 ** (bits - 1)),
     )
     assert torch.equal(scales, scales.half().float())
 
 
 def test_minimum_and_maximum_are_within_half_a_step_of_an_ordinary_group():
     columns, weights = _columns(rows=300)
-    scales, zeros = fit_grid(columns, weights, bits=4, symmetric=False, search=False)
+    scales, zeros = fit_grid(columns, weights, Grid(bits=4, symmetric=False))
     codes = torch.round(columns / scales + zeros).clamp(0, 15)
     straddling = (columns.amin(0) < -scales) & (columns.amax(0) > scales)
     assert straddling.sum() > 250
@@ -87,7 +88,7 @@ def test_minimum_and_maximum_are_within_half_a_step_of_an_ordinary_group():
 def test_groups_of_zeros_and_of_one_value_are_finite(symmetric):
     columns = torch.zeros(8, 4)
     columns[:, 1], columns[:, 2], columns[:, 3] = 0.5, -0.5, 1e-9
-    scales, zeros = fit_grid(columns, torch.ones(8), bits=4, symmetric=symmetric, search=True)
+    scales, zeros = fit_grid(columns, torch.ones(8), Grid(bits=4, symmetric=symmetric, search=RangeSearch()))
     values = scales * (torch.round(columns / scales + zeros).clamp(0, 15) - zeros)
     assert scales[0] == scales[3] == SMALLEST_SCALE
     assert torch.equal(values[:, [0, 3]], torch.zeros(8, 2))
@@ -100,7 +101,7 @@ def test_groups_of_zeros_and_of_one_value_are_finite(symmetric):
 def test_a_group_of_one_sign_is_within_half_a_step(bits):
     columns, weights = _columns(rows=100)
     for group in (columns.abs(), -columns.abs(), columns.abs() + 0.3):
-        scales, zeros = fit_grid(group, weights, bits=bits, symmetric=False, search=False)
+        scales, zeros = fit_grid(group, weights, Grid(bits=bits, symmetric=False))
         codes = torch.round(group / scales + zeros).clamp(0, (1 << bits) - 1)
         assert (((codes - zeros) * scales - group).abs() <= 0.51 * scales).all()
 
@@ -117,7 +118,9 @@ def _swept(*, act_order, static, group_size, refined=True, symmetric=False):
     order = torch.argsort(hessian.diagonal(), descending=True) if act_order else None
     factor = inverse_factor(hessian, 0.01, order)
     columns = (matrix if order is None else matrix[:, order]).T.contiguous()
-    quantizer = UniformColumns(96, bits=3, group_size=group_size, symmetric=symmetric, search=True, order=order)
+    quantizer = UniformColumns(
+        96, group_size=group_size, grid=Grid(bits=3, symmetric=symmetric, search=RangeSearch()), order=order
+    )
     if static:
         quantizer.fix_groups(columns, factor.pivots)
     result = sweep(columns, factor, quantizer)
@@ -153,7 +156,7 @@ def test_static_groups_are_fitted_to_runs_of_model_columns():
     for group in range(3):
         inside = slice(32 * group, 32 * group + 32)
         scales, zeros = fit_grid(
-            matrix[:, inside].T, pivots[inside].square().reciprocal(), bits=3, symmetric=False, search=True
+            matrix[:, inside].T, pivots[inside].square().reciprocal(), Grid(bits=3, symmetric=False, search=RangeSearch())
         )
         assert torch.equal(codes.scales[:, group], scales)
         assert torch.equal(codes.zeros[:, group], zeros)

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from algorithms.quantization.gptq.algorithm import Gptq, setting
+from algorithms.quantization.gptq.algorithm import Gptq
 from algorithms.quantization.gptq.config import GptqConfig
 
 
@@ -62,7 +62,7 @@ def test_group_sizes(value, size):
     ],
 )
 def test_groups_are_scattered_where_the_order_is_and_they_are_not_static(changes, scattered):
-    assert setting(_config(**changes)).has_column_groups is scattered
+    assert Gptq.setting(_config(**changes)).has_column_groups is scattered
 
 
 def test_the_registry_s_formats_are_the_plugin_s():

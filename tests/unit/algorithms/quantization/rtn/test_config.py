@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from algorithms.quantization.gptq.config import GptqConfig
-from algorithms.quantization.rtn.algorithm import Rtn, setting
+from algorithms.quantization.rtn.algorithm import Rtn
 from algorithms.quantization.rtn.config import RtnConfig
 
 
@@ -35,7 +35,7 @@ def test_the_settings_are_those_of_the_grid_unless_blocks_are_tuned():
 
 
 def test_groups_are_never_scattered():
-    assert setting(RtnConfig()).has_column_groups is False
+    assert Rtn.setting(RtnConfig()).has_column_groups is False
     assert RtnConfig.export_formats == Rtn.formats
 
 

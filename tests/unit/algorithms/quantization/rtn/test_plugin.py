@@ -5,7 +5,7 @@ import torch
 
 from algorithms.formats.client import load as client_load
 from algorithms.modeling.source import ModelSource
-from algorithms.numerics.uniform import fit_grid
+from algorithms.numerics.uniform import Grid, RangeSearch, fit_grid
 from algorithms.quantization.rtn.algorithm import Rtn
 from algorithms.quantization.rtn.config import RtnConfig
 from tests.support.models import FAMILIES, save_family
@@ -51,11 +51,11 @@ def test_every_weight_is_the_nearest_of_its_grid_and_no_text_is_asked_for(tmp_pa
         matrix = source.load_block(1).get_submodule(name).weight.detach().float()
         found = model.get_submodule(f"{source.architecture.blocks}.1.{name}").weight
         size = matrix.shape[1] if config.group_size == -1 else config.group_size
+        search = RangeSearch() if config.range_search else None
+        expected_grid = Grid(bits=config.bits, symmetric=config.symmetric, search=search)
         for start in range(0, matrix.shape[1], size):
             group = matrix[:, start : start + size].T
-            scales, zeros = fit_grid(
-                group, torch.ones(size), bits=config.bits, symmetric=config.symmetric, search=config.range_search
-            )
+            scales, zeros = fit_grid(group, torch.ones(size), expected_grid)
             grid = scales[:, None] * (torch.arange(1 << config.bits) - zeros[:, None])
             nearest = (group[:, :, None] - grid).abs().amin(-1)
             torch.testing.assert_close((group - found[:, start : start + size].T).abs(), nearest, atol=1e-6, rtol=0)
