@@ -32,6 +32,13 @@ REGISTRY = (
         summary="2 to 8 bits a weight, codes that make up for each other's errors; loads with transformers and vLLM",
     ),
     Row(
+        name="AutoAWQ",
+        aliases=("AWQ", "awq"),
+        config_path="algorithms.quantization.awq.config:AwqConfig",
+        class_path="algorithms.quantization.awq.algorithm:Awq",
+        summary="2 to 8 bits a weight, input channels scaled by what flows through them; AWQ's own format among others",
+    ),
+    Row(
         name="SpQR",
         aliases=("SPQR", "spqr"),
         config_path="algorithms.quantization.spqr.config:SpqrConfig",
@@ -55,7 +62,7 @@ REGISTRY = (
 )
 
 # Names that recipes of this family use and that this version cannot run: told apart from typing errors.
-PLANNED = ("AutoAWQ", "FlapPruner", "LMQuant", "TensorRTLLM", "ReALLM")
+PLANNED = ("FlapPruner", "LMQuant", "TensorRTLLM", "ReALLM")
 
 
 def rows() -> tuple[Row, ...]:

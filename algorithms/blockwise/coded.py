@@ -16,6 +16,7 @@ from algorithms.finetuning.learned_rounding import RoundingLinear, tune_rounding
 from algorithms.formats.checkpoint import DenseState
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.activations import Activations
+from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_loop import BlockData
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.spread import WHOLE, Spread
@@ -34,6 +35,17 @@ class Coded(Protocol):
 
 
 Weight = TypeVar("Weight", bound=Coded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshBlock:
+    """Block ``index`` before its linears are compressed, and this rank's part of the hidden states before it."""
+
+    index: int
+    block: nn.Module
+    inputs: Activations | None
+    architecture: ModelArchitecture
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +70,7 @@ class Method(Generic[Weight]):
     tuned: Callable[[RoundingLinear, Weight], Weight]
     join: Callable[[Sequence[Weight]], Weight] | None = None
     rows_together: int = 1
-    prepare: Callable[[int, nn.Module, Activations | None, Ranks], Mapping[str, object]] | None = None
+    prepare: Callable[[FreshBlock], Mapping[str, object]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +99,7 @@ class CodedCompressor(Generic[Weight]):
 
     Args:
         method: what to do with a group of linears.
-        linears: the compressed linears of a block.
+        architecture: of the model.
         tuning: block tuning; None leaves it out.
         seed: of the job.
         ranks: which share out the rows of every group, or its linears where rows cannot be fitted apart.
@@ -96,13 +108,13 @@ class CodedCompressor(Generic[Weight]):
     def __init__(
         self,
         method: Method[Weight],
-        linears: Sequence[str],
+        architecture: ModelArchitecture,
         *,
         tuning: BlockTuningConfig | None,
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._method, self._linears, self._tuning, self._seed = method, linears, tuning, seed
+        self._method, self._architecture, self._tuning, self._seed = method, architecture, tuning, seed
         self._ranks = ranks
         self._started = 0.0
         self._reports: dict[str, dict[str, object]] = {}
@@ -118,8 +130,9 @@ class CodedCompressor(Generic[Weight]):
         """Start the block's account, let the method change the block, and round what is not compressed."""
         self._started, self._reports, self._stored, self._prepared = time.process_time(), {}, {}, {}
         if self._method.prepare is not None:
-            self._prepared = self._method.prepare(index, block, inputs, self._ranks)
-        round_to_storage(block, self._linears)
+            fresh = FreshBlock(index=index, block=block, inputs=inputs, architecture=self._architecture, ranks=self._ranks)
+            self._prepared = self._method.prepare(fresh)
+        round_to_storage(block, self._architecture.linears)
 
     def compress_group(
         self, index: int, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None

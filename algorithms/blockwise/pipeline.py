@@ -92,7 +92,7 @@ class Pipeline(Generic[Weight]):
         config = self.config
         source = context.source.with_attention(config.attn_implementation)
         compressor = CodedCompressor(
-            self.method, source.architecture.linears, tuning=config.block_tuning, seed=config.seed, ranks=context.ranks
+            self.method, source.architecture, tuning=config.block_tuning, seed=config.seed, ranks=context.ranks
         )
         how = stages.Calibration(
             name=self.method.name,

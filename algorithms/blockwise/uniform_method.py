@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from algorithms.blockwise.coded import Method
+from algorithms.blockwise.coded import FreshBlock, Method
 from algorithms.blockwise.config import BlockwiseParameters
 from algorithms.blockwise.pipeline import Pipeline
 from algorithms.blockwise.uniform_exports import Setting, exporters, read_export
@@ -22,9 +22,16 @@ Fit = Callable[[Mapping[str, Tensor], InputStatistics | None, Spread], Mapping[s
 
 
 def uniform_pipeline(
-    *, name: str, config: BlockwiseParameters, fit: Fit, setting: Setting, exports: Sequence[str], needs_text: bool = True
+    *,
+    name: str,
+    config: BlockwiseParameters,
+    fit: Fit,
+    setting: Setting,
+    exports: Sequence[str],
+    needs_text: bool = True,
+    prepare: Callable[[FreshBlock], Mapping[str, object]] | None = None,
 ) -> Pipeline[UniformCodes]:
-    """The stages of a method that turns weights into uniform codes by ``fit``."""
+    """The stages of a method that turns weights into uniform codes by ``fit``; ``prepare``: see :class:`Method`."""
     method = Method(
         name=name,
         fit=fit,
@@ -34,6 +41,7 @@ def uniform_pipeline(
         tunable=tunable,
         tuned=tuned,
         join=UniformCodes.joined,
+        prepare=prepare,
     )
     return Pipeline(
         config=config,

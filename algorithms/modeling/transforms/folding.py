@@ -40,7 +40,7 @@ def feeder_rows(block: nn.Module, architecture: ModelArchitecture, leader: str) 
     return places.view(-1, 1, width).expand(-1, channels // rows, -1).reshape(-1)
 
 
-def can_fold(block: nn.Module, architecture: ModelArchitecture, leader: str) -> bool:
+def can_fold(architecture: ModelArchitecture, leader: str) -> bool:
     """Whether something before a group takes factors for its input channels."""
     return leader in architecture.input_norms or leader in architecture.feeders
 

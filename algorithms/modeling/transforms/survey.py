@@ -1,0 +1,70 @@
+"""What flows through a block before any of it is compressed: statistics of every input group's channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.modeling.activations import Activations
+from algorithms.modeling.architecture import ModelArchitecture
+from algorithms.modeling.lockstep import BlockWalk
+from algorithms.numerics.statistics import InputStatistics
+from algorithms.parallel.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelStatistics:
+    """Of the I input channels of a group, over tokens: ``hessian`` [I, I], mean of |x| [I] and largest |x| [I], float32."""
+
+    hessian: Tensor
+    mean_size: Tensor
+    largest: Tensor
+
+
+def survey(
+    block: nn.Module, index: int, inputs: Activations, architecture: ModelArchitecture, ranks: Ranks = ALONE
+) -> dict[str, ChannelStatistics]:
+    """Statistics by the first linear of each group, over the sequences of all ranks; the block stays as it is.
+
+    Tokens with infinite or NaN inputs are left out.
+
+    Raises:
+        ValueError: no finite token was seen.
+    """
+    leaders = [group[0] for group in architecture.input_groups]
+    widths = {leader: block.get_submodule(leader).weight.shape[1] for leader in leaders}
+    found = {}
+    with BlockWalk(block, index, inputs, leaders) as walk:
+        for leader in leaders:
+            statistics = InputStatistics(widths[leader], inputs.device)
+            sizes, largest = (torch.zeros(widths[leader], device=inputs.device, dtype=torch.float64) for _ in range(2))
+            for batch in walk.next_stop():
+                statistics.update(batch)
+                tokens = batch.flatten(0, 1).abs()
+                tokens = tokens[torch.isfinite(tokens.sum(1))]
+                sizes += tokens.sum(0, dtype=torch.float64)
+                if tokens.shape[0]:
+                    largest = torch.maximum(largest, tokens.amax(0).double())
+            ranks.meet()
+            statistics.add_up(ranks.sum_)
+            ranks.sum_(sizes)
+            largest = torch.stack(ranks.exchange(largest)).amax(0)
+            found[leader] = ChannelStatistics(
+                hessian=statistics.hessian(),
+                mean_size=(sizes / statistics.num_tokens).float(),
+                largest=largest.float(),
+            )
+    return found
+
+
+def first_tokens(inputs: Activations, count: int) -> Activations:
+    """The first batches, so many that they hold ``count`` tokens, or all there are."""
+    chosen, tokens = [], 0
+    for batch in inputs.batches:
+        if tokens >= count:
+            break
+        chosen.append(batch)
+        tokens += batch.shape[0] * batch.shape[1]
+    return replace(inputs, batches=chosen)

@@ -1,0 +1,146 @@
+"""The search for AWQ's factors, group by group, on the block as the original model has it.
+
+Legend: O out_features, I in_features; H mean of x x^T over the tokens that reach a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.blockwise.coded import FreshBlock
+from algorithms.modeling.block_loop import relative_output_error
+from algorithms.modeling.transforms.folding import can_fold, feeder_rows, fold, shared
+from algorithms.modeling.transforms.survey import ChannelStatistics, first_tokens, survey
+from algorithms.numerics.codebooks.additive import quadratic_error
+from algorithms.numerics.column_sweep import inverse_factor
+from algorithms.numerics.grids.channel_scales import (
+    Candidate,
+    Chosen,
+    activation_scales,
+    best_candidate,
+    search_ratios,
+    some_rows,
+    weight_shares,
+)
+from algorithms.numerics.grids.nearest_codes import nearest_codes
+from algorithms.numerics.uniform import Grid, RangeSearch
+from algorithms.parallel.ranks import moved
+from algorithms.quantization.awq.config import BOTH, AwqConfig
+
+# A candidate is judged by few ranges: which ratio is best hardly depends on how finely they are searched.
+_RANGES = RangeSearch(factors=(1.0, 0.9, 0.8, 0.7))
+# Tokens for each input of the widest linear that a search looks at: it estimates H, and one number from it.
+_TOKENS_PER_INPUT = 24
+_OUTPUT_TOKENS = 4096  # that a candidate is judged by where it takes a forward
+
+Loss = Callable[[Tensor], float]
+
+
+class ScaleSearch:
+    """Finds and folds the factors of a block.
+
+    Args:
+        config: of the recipe.
+    """
+
+    def __init__(self, config: AwqConfig) -> None:
+        self._config = config
+        search = _RANGES if config.apply_clip else None
+        self._grid = Grid(bits=config.bits, symmetric=not config.zero_point, search=search)
+
+    def prepare(self, fresh: FreshBlock) -> Mapping[str, object]:
+        """Fold the best factors of every group; returns what was chosen, and the share of the error that is left with it."""
+        assert fresh.inputs is not None, "AWQ looks at activations"
+        block, architecture, ranks, report = fresh.block, fresh.architecture, fresh.ranks, {}
+        widest = max(block.get_submodule(name).weight.shape[1] for name in architecture.linears)
+        tokens = first_tokens(fresh.inputs, -(-_TOKENS_PER_INPUT * widest // ranks.size))
+        found = survey(block, fresh.index, tokens, architecture, ranks)
+        for group in architecture.input_groups:
+            leader = group[0]
+            if not can_fold(architecture, leader):
+                continue
+            chosen = self._choose(fresh, group, found[leader])
+            # Machines that round differently must not fold different factors.
+            scales, label = ranks.from_main(moved((chosen.candidate.scales, chosen.candidate.label), torch.device("cpu")))
+            fold(block, architecture, leader, scales.to(fresh.inputs.device))
+            share = chosen.loss / chosen.plain_loss if chosen.plain_loss else 1.0
+            report[leader] = {"factors": label, "error_share": share}
+        return {"scaling": report}
+
+    def _choose(self, fresh: FreshBlock, group: tuple[str, ...], statistics: ChannelStatistics) -> Chosen:
+        block, architecture = fresh.block, fresh.architecture
+        matrix = some_rows(torch.cat([block.get_submodule(name).weight for name in group]))
+        rows = feeder_rows(block, architecture, group[0]) if group[0] in architecture.feeders else None
+        if self._config.objective == "block_output":
+            loss = self._output_loss(fresh, group)
+        else:
+            loss = self._quadratic_loss(matrix, statistics.hessian)
+        kinds = (False, True) if self._config.duo_scaling == BOTH else (self._config.duo_scaling,)
+        found = [
+            search_ratios(
+                partial(self._candidate, matrix=matrix, sizes=statistics.mean_size, duo=bool(duo), rows=rows),
+                loss,
+                steps=self._config.search_steps,
+            )
+            for duo in kinds
+        ]
+        return best_candidate(found, loss(torch.ones_like(statistics.mean_size)), matrix.shape[1], matrix)
+
+    def _candidate(self, ratio: float, *, matrix: Tensor, sizes: Tensor, duo: bool, rows: Tensor | None) -> Candidate:
+        weights = weight_shares(matrix, self._group_size(matrix)) if duo else None
+        scales = activation_scales(sizes, weights, ratio)
+        if rows is not None:
+            scales = shared(scales, rows.to(scales.device))
+        return Candidate(scales=scales, label=f"{'duo' if duo else 'inputs'} {ratio:g}")
+
+    def _quadratic_loss(self, matrix: Tensor, hessian: Tensor) -> Loss:
+        """What rounding W diag(s) costs under H; where the sweep comes next, each column by its own 1 / U_jj^2."""
+        weights = inverse_factor(hessian, self._config.damping).pivots.square().reciprocal() if self._config.gptq else None
+
+        def _loss(scales: Tensor) -> float:
+            difference = self._rounded(matrix, scales) - matrix
+            if weights is not None:
+                return torch.sum(difference.square() @ weights, dtype=torch.float64).item()
+            return quadratic_error(difference, hessian)
+
+        return _loss
+
+    def _output_loss(self, fresh: FreshBlock, group: tuple[str, ...]) -> Loss:
+        """How far the block's outputs move, in one forward over some of the tokens."""
+        assert fresh.inputs is not None
+        block, index, ranks = fresh.block, fresh.index, fresh.ranks
+        some = first_tokens(fresh.inputs, -(-_OUTPUT_TOKENS // ranks.size))
+        targets = some.through(block, index)
+
+        def _loss(scales: Tensor) -> float:
+            weights = {name: self._rounded(block.get_submodule(name).weight, scales) for name in group}
+            with _replaced(block, weights):
+                return relative_output_error(block, index, some, targets, ranks)
+
+        return _loss
+
+    def _rounded(self, matrix: Tensor, scales: Tensor) -> Tensor:
+        """W as it would be stored with factors, and applied without them."""
+        codes = nearest_codes(matrix * scales, group_size=self._group_size(matrix), grid=self._grid)
+        return codes.dequantize() / scales
+
+    def _group_size(self, matrix: Tensor) -> int:
+        return matrix.shape[1] if self._config.group_size == -1 else self._config.group_size
+
+
+@contextmanager
+def _replaced(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights in linears of a block, for the time being."""
+    before = {name: block.get_submodule(name).weight.data for name in weights}
+    for name, weight in weights.items():
+        block.get_submodule(name).weight.data = weight
+    try:
+        yield
+    finally:
+        for name, weight in before.items():
+            block.get_submodule(name).weight.data = weight
