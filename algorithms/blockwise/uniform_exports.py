@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.blockwise.stages import Exporter, load_checkpoint, read_json
-from algorithms.formats import compressed_tensors, gguf, gptq, uniform
+from algorithms.formats import compressed_tensors, gptq, uniform
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
+from algorithms.formats.gguf import file as gguf
 from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.uniform import UniformCodes

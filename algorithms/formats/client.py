@@ -51,7 +51,7 @@ def load(client_format: str, directory: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     if client_format == "spqr":
-        from algorithms.formats.spqr import load_packed
+        from algorithms.formats.spqr.packed import load_packed
 
         return load_packed(directory)
     options = {"gguf_file": "model.gguf"} if client_format == "gguf" else {}

@@ -29,9 +29,7 @@ _LOADING = {
     "gguf": 'model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=dtype).to(device)',
     "spqr": "model = load_packed(Path(folder)).to(device)",
 }
-_IMPORTS = {
-    "spqr": ("from pathlib import Path", "from algorithms.formats.spqr import load_packed  # of Bitpress, which wrote this")
-}
+_IMPORTS = {"spqr": ("from pathlib import Path", "from algorithms.formats.spqr.packed import load_packed  # of Bitpress")}
 _NOTES = {
     "gptq": "The layout is that of vLLM and of transformers with gptqmodel, by their sources; neither was run on this folder.",
     "compressed-tensors": "The layout is also vLLM's, by its source; vLLM was not run on this folder.",
