@@ -28,6 +28,7 @@ _PACKAGES = {
 _ELSEWHERE = {
     "awq": "gptqmodel and vLLM read it, and neither installs beside this project's torch and transformers",
     "gptq": "gptqmodel and vLLM read it, and neither installs beside this project's torch and transformers",
+    "qserve": "QServe and SGLang read it, on CUDA alone",
     "spqr-tiles": "the spqr_quant package reads it, on CUDA in float16 alone, and transformers 5 cannot load it through that",
 }
 
