@@ -129,6 +129,20 @@ def test_compressed_tensors_converts_our_words(symmetric):
     assert not converter._is_targeted("model.layers.1.mlp.down_proj")
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_auto_round_packs_the_same_words_and_decodes_ours(symmetric):
+    theirs = pytest.importorskip("auto_round.export.export_to_awq.utils")
+    made = weight(24, 96, symmetric=symmetric)
+    linear = torch.nn.Linear(96, 24)
+    linear.weight.data = made.dequantize()
+    packed = theirs.WQLinear_GEMM.from_linear(linear, 4, 32, scales=made.scales.T, zeros=made.zeros.T, device="cpu")
+    tensors = pack(made, "a")
+    for name in ("qweight", "qzeros", "scales"):
+        assert torch.equal(tensors[f"a.{name}"], getattr(packed, name)), name
+    decoded = theirs.dequantize_gemm(*(tensors[f"a.{name}"] for name in ("qweight", "qzeros", "scales")), 4, 32)
+    assert torch.equal(decoded.T, made.dequantize().half())
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_transformers_understands_the_config(version):
     from transformers import AwqConfig
