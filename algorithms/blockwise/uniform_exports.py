@@ -13,35 +13,47 @@ from transformers import AutoModelForCausalLM
 
 from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.blockwise.stages import Exporter, load_checkpoint, read_json
-from algorithms.formats import compressed_tensors, gguf, gptq, uniform
+from algorithms.formats import awq, compressed_tensors, gptq, uniform
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
+from algorithms.formats.gguf import file as gguf
 from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.uniform import UniformCodes
 
-FORMATS = ("compressed-tensors", "gptq", "auto-round", "gguf", "dense")
+FORMATS = ("compressed-tensors", "gptq", "auto-round", "awq", "gguf", "dense")
 
 _REFUSALS: Mapping[str, Callable[..., str | None]] = {
     "compressed-tensors": compressed_tensors.refusal,
     "gptq": gptq.refusal,
     "auto-round": gptq.auto_round_refusal,
+    "awq": awq.refusal,
     "gguf": gguf.refusal,
 }
+_ROUNDS_ACTIVATIONS = ("compressed-tensors",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What decides how codes can be stored. ``group_size`` -1 is the whole row; ``has_column_groups``: see UniformCodes."""
+    """What decides how codes can be stored. ``group_size`` -1 is the whole row; ``has_column_groups``: see UniformCodes.
+
+    ``activation_bits`` are those to which inputs of linears are rounded, token by token; None where they stay as they are.
+    """
 
     bits: int
     symmetric: bool
     group_size: int
     has_column_groups: bool = False
+    activation_bits: int | None = None
 
     def refusal(self, name: str) -> str | None:
         """Why a format cannot hold codes of this setting, in a sentence; None where it can."""
         if name not in _REFUSALS:
             return None
+        if self.activation_bits is not None and name not in _ROUNDS_ACTIVATIONS:
+            return (
+                f"its readers have no way to round activations to {self.activation_bits} bits: they would serve another model "
+                "than the one that is evaluated."
+            )
         return _REFUSALS[name](
             bits=self.bits,
             symmetric=self.symmetric,
@@ -54,8 +66,8 @@ class Setting:
         return next(name for name in FORMATS if self.refusal(name) is None)
 
 
-def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource) -> None:
-    """Refuse formats that cannot hold what the recipe asks for.
+def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource, awq_version: str = "gemm") -> None:
+    """Refuse formats that cannot hold what the recipe asks for; ``awq_version``: as in :func:`exporters`.
 
     Raises:
         ValueError: names every such format, with its reason.
@@ -65,17 +77,20 @@ def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource)
         reasons["gguf"] = gguf.architecture_refusal(source.raw_config())
     for name in {"gptq", "auto-round"} & reasons.keys():
         reasons[name] = reasons[name] or gptq.shape_refusal(linear_shapes(source))
+    if "awq" in exports:
+        reasons["awq"] = reasons["awq"] or awq.shape_refusal(linear_shapes(source), awq_version)
     said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if said:
         raise ValueError("\n".join([*said, "EXPORT: [dense] holds every setting."]))
 
 
-def exporters(setting: Setting) -> Mapping[str, Exporter]:
-    """The writer of every format."""
+def exporters(setting: Setting, awq_version: str = "gemm") -> Mapping[str, Exporter]:
+    """The writer of every format; ``awq_version`` is the layout within AWQ's: ``gemm``, ``gemv`` or ``gemv_fast``."""
     return {
         "compressed-tensors": partial(_write_compressed_tensors, setting=setting),
         "gptq": partial(_write_gptq, setting=setting),
         "auto-round": partial(_write_auto_round, setting=setting),
+        "awq": partial(_write_awq, setting=setting, version=awq_version),
         "gguf": _write_gguf,
         "dense": partial(write_dense, dense_state=uniform.dense_state),
     }
@@ -92,6 +107,9 @@ def read_export(directory: Path) -> nn.Module:
         bits = settings["config_groups"]["group_0"]["weights"]["num_bits"]
         unpack = partial(compressed_tensors.unpack, bits=bits)
         return load_checkpoint(directory, partial(_decoded, key="weight_packed", unpack=unpack))
+    if settings["quant_method"] == "awq":
+        unpack = partial(awq.unpack, group_size=settings["group_size"], version=settings["version"])
+        return load_checkpoint(directory, partial(_decoded, key="qweight", unpack=unpack))
     offset = gptq.FIRST_VERSION
     if settings["quant_method"] == "auto-round":
         offset = gptq.auto_round_zero_offset(settings["sym"])
@@ -120,7 +138,10 @@ def _repacked(tensors: Mapping[str, Tensor], pack: Callable[[UniformCodes, str],
 
 def _write_compressed_tensors(calibrated: Calibrated, directory: Path, setting: Setting) -> None:
     settings = compressed_tensors.quantization_config(
-        bits=setting.bits, group_size=setting.group_size, kept_modules=(calibrated.source.architecture.head,)
+        bits=setting.bits,
+        group_size=setting.group_size,
+        kept_modules=(calibrated.source.architecture.head,),
+        activation_bits=setting.activation_bits,
     )
     write_checkpoint(calibrated, directory, partial(_repacked, pack=compressed_tensors.pack), settings)
 
@@ -145,6 +166,16 @@ def _write_auto_round(calibrated: Calibrated, directory: Path, setting: Setting)
     )
     pack = partial(gptq.pack, zero_offset=gptq.auto_round_zero_offset(setting.symmetric))
     write_checkpoint(calibrated, directory, partial(_repacked, pack=pack), settings)
+
+
+def _write_awq(calibrated: Calibrated, directory: Path, setting: Setting, version: str) -> None:
+    settings = awq.quantization_config(
+        bits=setting.bits,
+        group_size=setting.group_size,
+        version=version,
+        kept_modules=(calibrated.source.architecture.head,),
+    )
+    write_checkpoint(calibrated, directory, partial(_repacked, pack=partial(awq.pack, version=version)), settings)
 
 
 def _write_gguf(calibrated: Calibrated, directory: Path) -> None:

@@ -26,7 +26,9 @@ _PACKAGES = {
     "gguf": ("gguf",),
 }
 _ELSEWHERE = {
+    "awq": "gptqmodel and vLLM read it, and neither installs beside this project's torch and transformers",
     "gptq": "gptqmodel and vLLM read it, and neither installs beside this project's torch and transformers",
+    "qserve": "QServe and SGLang read it, on CUDA alone",
     "spqr-tiles": "the spqr_quant package reads it, on CUDA in float16 alone, and transformers 5 cannot load it through that",
 }
 
@@ -51,7 +53,7 @@ def load(client_format: str, directory: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     if client_format == "spqr":
-        from algorithms.formats.spqr import load_packed
+        from algorithms.formats.spqr.packed import load_packed
 
         return load_packed(directory)
     options = {"gguf_file": "model.gguf"} if client_format == "gguf" else {}

@@ -3,6 +3,11 @@
 For a linear ``P`` of shape [O, I] with codes of b bits and G groups of g columns: ``P.weight_packed`` [O, ceil(I*b/32)] int32,
 a dense bit stream of the codes; ``P.weight_scale`` [O, G] float16; ``P.weight_shape`` [2] int64. Symmetric only: the zero
 is 2^(b-1) everywhere and is not stored. A scale for the whole row is the client's strategy "channel".
+
+Activations may be rounded as well, to b bits, symmetric, with a scale for each token that is found while the model runs: the
+client divides by s = max |x| / ((2^b - 1) / 2), for 8 bits max |x| / 127.5, in the type of x, clamps to the codes of b bits,
+rounds half to even and multiplies by s. It tells tokens apart in inputs [batch, tokens, channels] only; inputs of two
+dimensions get one scale for all.
 """
 
 from __future__ import annotations
@@ -44,23 +49,30 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str, bits: int) -> UniformCode
     )
 
 
-def quantization_config(*, bits: int, group_size: int, kept_modules: Sequence[str]) -> dict[str, object]:
+def quantization_config(
+    *, bits: int, group_size: int, kept_modules: Sequence[str], activation_bits: int | None = None
+) -> dict[str, object]:
     """The ``quantization_config`` of config.json.
 
     Args:
         bits: 2 to 8.
         group_size: columns that share a scale; -1 stands for the whole row.
         kept_modules: linears that stay as they are, by full module name, for instance ``lm_head``.
+        activation_bits: to which the client rounds the inputs of the linears, token by token; None leaves them as they are.
     """
     grouping = {"strategy": "channel"} if group_size == WHOLE_ROW else {"strategy": "group", "group_size": group_size}
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **grouping}
+    group: dict[str, object] = {"targets": ["Linear"], "weights": weights}
+    if activation_bits is not None:
+        tokens = {"num_bits": activation_bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        group |= {"input_activations": tokens, "format": "pack-quantized"}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": list(kept_modules),
         "kv_cache_scheme": None,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": group},
     }
 
 

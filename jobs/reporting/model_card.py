@@ -29,10 +29,9 @@ _LOADING = {
     "gguf": 'model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=dtype).to(device)',
     "spqr": "model = load_packed(Path(folder)).to(device)",
 }
-_IMPORTS = {
-    "spqr": ("from pathlib import Path", "from algorithms.formats.spqr import load_packed  # of Bitpress, which wrote this")
-}
+_IMPORTS = {"spqr": ("from pathlib import Path", "from algorithms.formats.spqr.packed import load_packed  # of Bitpress")}
 _NOTES = {
+    "awq": "The layout is that of vLLM and of transformers with gptqmodel, by their sources; neither was run on this folder.",
     "gptq": "The layout is that of vLLM and of transformers with gptqmodel, by their sources; neither was run on this folder.",
     "compressed-tensors": "The layout is also vLLM's, by its source; vLLM was not run on this folder.",
     "gguf": "llama.cpp reads `model.gguf` too, where it holds a tokenizer; the job's log says if it does not.",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.source import ModelSource
+from algorithms.numerics.progressive import ProgressiveCodes
 from algorithms.numerics.uniform import UniformCodes
 from tests.support.models import save_family
 
@@ -30,6 +31,25 @@ def uniform_codes(
         zeros = torch.randint(1, 1 << bits, (rows, groups), generator=generator).float()
     scales = (torch.rand(rows, groups, generator=generator) + 0.5) / (1 << bits) / columns**0.5
     return UniformCodes(codes=codes, scales=scales.half().float(), zeros=zeros, bits=bits)
+
+
+def progressive_codes(rows: int, columns: int, *, group_size: int = 128, seed: int = 0) -> ProgressiveCodes:
+    """Random 4-bit codes, both ends in use, with group scales of 1 to 16 and all zeros that keep the integers in 8 bits."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = columns // group_size
+    codes = torch.randint(16, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes[:, ::group_size], codes[:, 1::group_size] = 0, 15
+    scales = torch.randint(1, 17, (rows, groups), generator=generator)
+    scales[0, 0], scales[-1, -1] = 1, 16
+    least, most = (15 - 127 // scales).clamp(min=0), (128 // scales).clamp(max=15)
+    zeros = least + (torch.rand(rows, groups, generator=generator) * (most - least + 1)).long()
+    row_scales = (torch.rand(rows, generator=generator) + 0.5) / 127 / columns**0.5
+    return ProgressiveCodes(
+        codes=codes,
+        row_scales=row_scales.half().float(),
+        group_scales=scales.to(torch.uint8),
+        zeros=zeros.to(torch.uint8),
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class GptqConfig(BlockwiseParameters):
     """The block ``llm.GPTQ``. Further keys: :class:`algorithms.blockwise.config.BlockwiseParameters`."""
 
     algorithm: ClassVar[str] = "GPTQ"
-    export_formats: ClassVar[tuple[str, ...]] = ("compressed-tensors", "gptq", "auto-round", "gguf", "dense")
+    export_formats: ClassVar[tuple[str, ...]] = ("compressed-tensors", "gptq", "auto-round", "awq", "gguf", "dense")
 
     bits: Annotated[int, BeforeValidator(Whole(2, 8))] = Field(default=4, alias="wbits")
     group_size: Annotated[int, BeforeValidator(columns_a_group)] = Field(default=128, alias="groupsize")

@@ -10,7 +10,7 @@ from torch import nn
 from algorithms.base import Artifact, CompressionAlgorithm, StageSpec
 from algorithms.blockwise.coded import Method
 from algorithms.blockwise.pipeline import Pipeline, check_groups
-from algorithms.formats import spqr
+from algorithms.formats.spqr import packed as spqr
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.sparse_quantized import SparseQuantized
 from algorithms.quantization.spqr.calibration import fit, splits

@@ -12,8 +12,10 @@ from algorithms.blockwise import uniform_exports
 from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.blockwise.stages import Exporter, load_checkpoint, read_json
 from algorithms.blockwise.uniform_exports import Setting
-from algorithms.formats import compressed_tensors, gptq, spqr, spqr_tiles
+from algorithms.formats import compressed_tensors, gptq
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
+from algorithms.formats.spqr import packed as spqr
+from algorithms.formats.spqr import tiles as spqr_tiles
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.sparse_quantized import SparseQuantized
 from algorithms.quantization.spqr.config import SpqrConfig

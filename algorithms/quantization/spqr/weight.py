@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from algorithms.finetuning.learned_rounding import RoundingLinear
-from algorithms.formats import spqr
+from algorithms.formats.spqr import packed as spqr
 from algorithms.numerics.sparse_quantized import SparseQuantized, Statistics
 from algorithms.numerics.uniform import UniformCodes, stored_scales
 

@@ -119,8 +119,12 @@ def test_every_further_format_has_its_size_beside_the_first_ones():
     ("formats", "said"),
     [
         (("gguf",), 'from_pretrained(folder, gguf_file="model.gguf", dtype=dtype)'),
-        (("spqr",), "from algorithms.formats.spqr import load_packed"),
-        (("dense", "spqr"), "- `exports/spqr`: `from pathlib import Path`, `from algorithms.formats.spqr import load_packed`"),
+        (("spqr",), "from algorithms.formats.spqr.packed import load_packed"),
+        (
+            ("dense", "spqr"),
+            "- `exports/spqr`: `from pathlib import Path`, `from algorithms.formats.spqr.packed import load_packed`",
+        ),
+        (("awq",), "neither was run on this folder"),
         (("gptq",), "neither was run on this folder"),
         (("compressed-tensors",), "pip install compressed-tensors"),
     ],

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from algorithms.formats import spqr
 from algorithms.formats.client import load as client_load
+from algorithms.formats.spqr import packed as spqr
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.quantization.spqr.algorithm import Spqr

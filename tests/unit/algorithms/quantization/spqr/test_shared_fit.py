@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from algorithms.formats import spqr
+from algorithms.formats.spqr import packed as spqr
 from algorithms.numerics.sparse_quantized import SparseQuantized
 from algorithms.numerics.spread import Spread
 from algorithms.numerics.statistics import InputStatistics

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from algorithms.formats.spqr_tiles import pack, quantization_config, refusal, unpack
+from algorithms.formats.spqr.tiles import pack, quantization_config, refusal, unpack
 from algorithms.numerics.sparse_quantized import Outliers, SparseQuantized, Statistics
 from tests.support.matrices import sparse_weight
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from algorithms.formats.client import record
-from algorithms.formats.gguf import architecture_refusal, blocks, refusal, write
+from algorithms.formats.gguf.file import architecture_refusal, blocks, refusal, write
 from algorithms.modeling.source import ModelSource
 from tests.support.models import token_sequences
 from tests.support.quantized_models import QuantizedModel, quantized_llama, uniform_codes

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from algorithms.formats.gguf import write
+from algorithms.formats.gguf.file import write
 from algorithms.modeling.source import ModelSource
 from tests.support.byte_model import save_model
 

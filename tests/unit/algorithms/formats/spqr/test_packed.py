@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from algorithms.formats.client import record
-from algorithms.formats.spqr import (
+from algorithms.formats.spqr.packed import (
     SpqrLinear,
     dense_state,
     linear_parts,

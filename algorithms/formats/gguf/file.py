@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from algorithms.formats.gguf_tokenizer import add_tokenizer
+from algorithms.formats.gguf.tokenizer import add_tokenizer
 from algorithms.formats.storage import WHOLE_ROW, to_storage
 from algorithms.modeling.source import ModelError
 from algorithms.numerics.uniform import UniformCodes
