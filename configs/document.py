@@ -81,12 +81,14 @@ class Document:
         self.values[key] = nested
         written, self.lines = self.lines, {}
         for path, line in written.items():
-            self.lines.setdefault(unfolded(path) if path[:1] == (key,) else path, line)
-        for path, place in clashes:
-            line, value = written.get((key, *place)), _at(block, place)
+            place = unfolded(path) if path[:1] == (key,) else path
+            for length in range(len(place) + 1):
+                self.lines.setdefault(place[:length], line)
+        for path, typed in clashes:
+            line, value = written.get((key, *typed)), _at(block, typed)
             first = f"line {self.lines[(key, *path)]}" if (key, *path) in self.lines else "another place"
             expected = f"what the same key is in {first}: {shown(_at(nested, path))}"
-            name = ".".join(str(part) for part in (key, *place))
+            name = ".".join(str(part) for part in (key, *typed))
             self.problems.append(RecipeProblem(file=self.file, line=line, key=name, value=value, expected=expected))
 
     def _reject(self, text: str, expected: str) -> None:

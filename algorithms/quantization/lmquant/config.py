@@ -170,9 +170,7 @@ class LmquantConfig(BlockwiseParameters):
             return handler(values)
         own, clashes = unfold(values)
         given = dict(leaves(own))
-        errors = [
-            _error(path, given.get(path), "each key once: it has another value in another spelling") for path, _ in clashes
-        ]
+        errors = [_error(path, given.get(path), "one value: with dots and in blocks it has two") for path, _ in clashes]
         config = handler(_completed(own, given))
         config._given = given
         errors += [*_torn_twins(own, given), *config._contradictions()]
