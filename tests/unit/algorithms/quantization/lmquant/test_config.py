@@ -163,6 +163,11 @@ def test_it_refuses_with_the_reason(key, value, reason, preset):
         ({"quant_type": "awq", "loads_with_qserve": True}, "loads_with_qserve", "8 bits"),
         ({"quant_type": "w4a8kv4_sym", "loads_with_qserve": True}, "loads_with_qserve", "groups of 128"),
         (
+            {"quant_type": "g128", "loads_with_qserve": True, "quant.wgts.group_shapes": [[1, -1], [1, 64]]},
+            "loads_with_qserve",
+            "groups of 128",
+        ),
+        (
             {"quant_type": "gchn", "loads_with_qserve": True, "quant.wgts.dtype": None},
             "loads_with_qserve",
             "quantized weights",
@@ -238,6 +243,7 @@ def test_python_names_do_as_well():
         ({"quant.wgts.calib_range.element_size": 512}, ["quant.wgts.calib_range.element_size"]),
         ({"quant.reorder": {"channel_index": "Sequential", "outputs_device": "cpu"}}, ["quant.reorder"]),
         ({"quant.reorder": {"channel_index": "Transpose"}}, []),
+        ({"quant.reorder.outputs_device": "cuda"}, ["quant.reorder.outputs_device"]),
         ({"quant.enable_rotation": False}, []),
         ({"quant.enable_rotation": False, "quant.rotation.random": True}, ["quant.rotation"]),
         ({"quant.enable_smooth": False, "quant.smooth.xw.alpha": 0.3, "quant.smooth.yx.alpha": 0.3}, ["quant.smooth"]),
