@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.errors import Absent, RecipeError, RecipeProblem
-from configs.tree import MAX_DEPTH, KeyPath, LimitError, Tree, TreeError, plain_value, read_tree
+from configs.errors import Absent, RecipeError, RecipeProblem, shown
+from configs.tree import MAX_DEPTH, KeyPath, LimitError, Tree, TreeError, plain_value, read_tree, unfold, unfolded
 
 MAX_BYTES = 1_000_000
 COMMAND_LINE = "command line"
@@ -72,8 +72,34 @@ class Document:
         self.typed = {known: typed for known, typed in self.typed.items() if known[: len(path)] != path}
         self.typed[path] = match["value"]
 
+    def unfold(self, key: str) -> None:
+        """Read keys with dots below ``key`` as blocks inside each other; what is said twice, differently, becomes a problem."""
+        block = self.values.get(key)
+        if not isinstance(block, dict):
+            return
+        nested, clashes = unfold(block)
+        self.values[key] = nested
+        written, self.lines = self.lines, {}
+        for path, line in written.items():
+            place = unfolded(path) if path[:1] == (key,) else path
+            for length in range(len(place) + 1):
+                self.lines.setdefault(place[:length], line)
+        for path, typed in clashes:
+            line, value = written.get((key, *typed)), _at(block, typed)
+            first = f"line {self.lines[(key, *path)]}" if (key, *path) in self.lines else "another place"
+            expected = f"what the same key is in {first}: {shown(_at(nested, path))}"
+            name = ".".join(str(part) for part in (key, *typed))
+            self.problems.append(RecipeProblem(file=self.file, line=line, key=name, value=value, expected=expected))
+
     def _reject(self, text: str, expected: str) -> None:
         self.problems.append(RecipeProblem(file=COMMAND_LINE, line=None, key=text, value=Absent, expected=expected))
+
+
+def _at(block: object, path: KeyPath) -> object:
+    for part in path:
+        assert isinstance(block, dict)
+        block = block[part]
+    return block
 
 
 def _override_value(text: str, *, template: bool) -> object:
@@ -87,8 +113,10 @@ def _override_value(text: str, *, template: bool) -> object:
     return text if template and isinstance(value, dict) else value
 
 
-def read_document(path: Path, overrides: Sequence[str] = (), *, as_json: bool = False) -> Document:
+def read_document(path: Path, overrides: Sequence[str] = (), *, as_json: bool = False, dotted: str | None = None) -> Document:
     """Read a recipe, YAML or (by its suffix, or because ``as_json`` says so) JSON, and apply the overrides in order.
+
+    Keys with dots below the block ``dotted`` stand for blocks inside each other, as they do in overrides.
 
     Raises:
         RecipeError: the file cannot be read at all. What can be passed over for now is in ``Document.problems``.
@@ -107,6 +135,8 @@ def read_document(path: Path, overrides: Sequence[str] = (), *, as_json: bool = 
         name = ".".join(str(part) for part in key)
         expected = f"each key once (it stands in line {tree.lines[key]} already)"
         document.problems.append(RecipeProblem(file=str(path), line=line, key=name, value=Absent, expected=expected))
+    if dotted is not None:
+        document.unfold(dotted)
     for text in overrides:
         document.override(text)
     return document

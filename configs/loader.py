@@ -53,7 +53,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: Con
     Raises:
         RecipeError: with every problem of the envelope and of the algorithm's block.
     """
-    document = read_document(path, overrides, as_json=as_json)
+    document = read_document(path, overrides, as_json=as_json, dotted=BLOCK)
     values = interpolate(document)
     algorithm = _Algorithm(document, values, plugin_config)
     envelope = take_legacy_keys(document, {key: value for key, value in values.items() if key != BLOCK})

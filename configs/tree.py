@@ -7,7 +7,7 @@ text is read: a hostile file costs no more than an honest one. Keys are always t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -237,3 +237,53 @@ def _merge(values: dict[str, object] | list[object], merged: object, line: int) 
             raise TreeError("a block, or a list of blocks, behind <<", line)
         for key, value in source.items():
             values.setdefault(key, value)
+
+
+def unfolded(path: KeyPath) -> KeyPath:
+    """A path in which a key with dots, ``quant.wgts.dtype``, stands for blocks inside each other; lists keep what they hold."""
+    parts: list[str | int] = []
+    for position, part in enumerate(path):
+        if isinstance(part, int):
+            return (*parts, *path[position:])
+        pieces = part.split(".")
+        parts.extend(pieces if all(pieces) and len(parts) + len(pieces) <= MAX_DEPTH else [part])
+    return tuple(parts)
+
+
+def unfold(block: Mapping[str, object]) -> tuple[dict[str, object], list[tuple[KeyPath, KeyPath]]]:
+    """``block`` without keys with dots, and where it says two things about one key.
+
+    Returns:
+        The nested values, in which the first of two contradicting ones stays, and for each contradiction the unfolded path and
+        the path as written of the value that was left out.
+    """
+    values: dict[str, object] = {}
+    clashes: list[tuple[KeyPath, KeyPath]] = []
+    for written, leaf in _leaves(block, ()):
+        path = unfolded(written)
+        taken = _store(values, path, leaf)
+        if taken is not None:
+            clashes.append((taken, written))
+    return values, clashes
+
+
+def _leaves(value: Mapping[str, object], at: KeyPath) -> Iterator[tuple[KeyPath, object]]:
+    for key, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            yield from _leaves(inner, (*at, key))
+        else:
+            yield (*at, key), {} if isinstance(inner, Mapping) else inner
+
+
+def _store(values: dict[str, object], path: KeyPath, leaf: object) -> KeyPath | None:
+    """Put ``leaf`` at ``path``; where something else is already, its path."""
+    block = values
+    for depth, part in enumerate(path[:-1], 1):
+        inner = block.setdefault(str(part), {})
+        if not isinstance(inner, dict):
+            return path[:depth]
+        block = inner
+    known = block.setdefault(str(path[-1]), leaf)
+    if isinstance(known, dict):
+        return None if leaf == {} else path
+    return None if known == leaf and isinstance(known, bool) is isinstance(leaf, bool) else path

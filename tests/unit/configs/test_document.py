@@ -132,3 +132,31 @@ def test_an_override_that_makes_no_sense(tmp_path, override):
     (problem,) = read_document(file, [override]).problems
     assert problem.file == "command line"
     assert problem.key == override
+
+
+DOTTED = """\
+MODEL: a.b
+CORPORA: {my.text: file.txt}
+llm:
+  X:
+    one.two.three: 1
+    one: {two: {four: 2}}
+    five.six: 3
+    five: {six: 4}
+"""
+
+
+def test_keys_with_dots_below_one_block_are_blocks_and_keep_their_lines(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(DOTTED)
+    document = read_document(file, ["llm.X.one.two.three=7"], dotted="llm")
+    assert document.values["CORPORA"] == {"my.text": "file.txt"}
+    assert document.values["llm"] == {"X": {"one": {"two": {"three": 7, "four": 2}}, "five": {"six": 3}}}
+    assert document.lines[("llm", "X", "one", "two", "four")] == 6
+    assert document.lines[("llm", "X", "five", "six")] == 7
+    assert document.lines[("llm", "X", "five")] == 7
+    assert document.lines[("CORPORA", "my.text")] == 2
+    (problem,) = document.problems
+    assert (problem.key, problem.line, problem.value) == ("llm.X.five.six", 8, 4)
+    assert "line 7: 3" in problem.expected
+    assert read_document(file).values["llm"]["X"]["one.two.three"] == 1

@@ -5,7 +5,7 @@ import time
 import pytest
 import yaml
 
-from configs.tree import LimitError, TreeError, plain_value, read_tree
+from configs.tree import MAX_DEPTH, LimitError, TreeError, plain_value, read_tree, unfold, unfolded
 
 HONEST = """
 # a comment
@@ -96,3 +96,42 @@ def test_depth_and_size_are_bounded_while_reading(text):
     with pytest.raises(LimitError):
         read_tree(text)
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("block", "values"),
+    [
+        ({"a.b.c": 1, "a.d": [{"x.y": 2}]}, {"a": {"b": {"c": 1}, "d": [{"x.y": 2}]}}),
+        ({"a": {"b.c": 1}, "a.b": {"d": 2}}, {"a": {"b": {"c": 1, "d": 2}}}),
+        ({"a.b": 1, "a": {"b": 1}}, {"a": {"b": 1}}),
+        ({"a": {}, "a.b": 1}, {"a": {"b": 1}}),
+        ({"a.b": 1, "a": {}}, {"a": {"b": 1}}),
+        ({"a.": 1, ".b": 2, "c..d": 3}, {"a.": 1, ".b": 2, "c..d": 3}),
+        ({}, {}),
+    ],
+)
+def test_keys_with_dots_are_blocks(block, values):
+    assert unfold(block) == (values, [])
+
+
+@pytest.mark.parametrize(
+    ("block", "values", "path", "written"),
+    [
+        ({"a.b": 1, "a": {"b": 2}}, {"a": {"b": 1}}, ("a", "b"), ("a", "b")),
+        ({"a": {"b": 1}, "a.b": True}, {"a": {"b": 1}}, ("a", "b"), ("a.b",)),
+        ({"a": 1, "a.b": 2}, {"a": 1}, ("a",), ("a.b",)),
+        ({"a.b": 2, "a": 1}, {"a": {"b": 2}}, ("a",), ("a",)),
+        ({"a": None, "a.b": 2}, {"a": None}, ("a",), ("a.b",)),
+        ({"a": {"b": {}}, "a.b": None}, {"a": {"b": {}}}, ("a", "b"), ("a.b",)),
+    ],
+)
+def test_two_values_of_one_key_are_named(block, values, path, written):
+    assert unfold(block) == (values, [(path, written)])
+
+
+def test_dots_make_no_block_deeper_than_blocks_may_be():
+    fits, too_deep = ".".join("a" * MAX_DEPTH), ".".join("a" * (MAX_DEPTH + 1))
+    assert unfolded((fits,)) == tuple("a" * MAX_DEPTH)
+    assert unfolded((too_deep,)) == (too_deep,)
+    assert unfolded(("b", fits)) == ("b", fits)
+    assert unfolded(("a.b", 0, "c.d")) == ("a", "b", 0, "c.d")
