@@ -29,7 +29,10 @@ def test_dense_logits_and_their_greedy_continuation(tmp_path):
     assert torch.equal(model(whole).logits[:, TOKENS.shape[1] - 1 : -1].argmax(-1), answer["greedy"])
 
 
-@pytest.mark.parametrize(("client_format", "said"), [("gptq", "gptqmodel and vLLM read it"), ("spqr-tiles", "on CUDA")])
+@pytest.mark.parametrize(
+    ("client_format", "said"),
+    [("gptq", "gptqmodel and vLLM read it"), ("spqr-tiles", "on CUDA"), ("tensorrt-llm", "in TensorRT-LLM alone")],
+)
 def test_formats_without_a_client_here_say_what_reads_them(tmp_path, capsys, client_format, said):
     assert run(client_format, tmp_path, tmp_path) == NO_CLIENT
     assert said in capsys.readouterr().err
