@@ -128,11 +128,13 @@ class CompressionAlgorithm(ABC):
 
     ``config`` is an instance of the plugin's ``Config``. ``exports`` are the formats that the recipe asked for, a subset of
     ``formats``, whose first entry is the plugin's default. The stage that exports writes the first format into its
-    ``output_dir`` and every further one into ``output_dir/exports/<format>``.
+    ``output_dir`` and every further one into ``output_dir/exports/<format>``. ``loads`` is false where no artifact can be
+    loaded on the machine that makes it: other programs make it, and run it.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
+    loads: ClassVar[bool] = True
 
     def __init__(self, config: BaseModel, exports: Sequence[str] = ()) -> None:
         self.config = config
@@ -147,7 +149,20 @@ class CompressionAlgorithm(ABC):
 
         Raises:
             ValueError: what is wrong with the recipe, and which key to change.
+            MissingEnvironmentError: this machine lacks something that a stage needs; says how to get it.
         """
+
+    def commands(self, source: ModelSource, output: Path) -> Sequence[Sequence[str]]:
+        """The programs that the stages start, as argument lists, in order; none for most.
+
+        Args:
+            source: the model of the job.
+            output: the folder in place of the stages' own, so that a person can run the commands by hand.
+
+        Raises:
+            ValueError: what is wrong with the recipe, and which key to change.
+        """
+        return ()
 
     @abstractmethod
     def stages(self) -> Sequence[StageSpec]:

@@ -59,10 +59,17 @@ REGISTRY = (
         class_path="algorithms.quantization.aqlm.algorithm:Aqlm",
         summary="additive quantization, 2 to 4 bits a weight: learned codebooks, block tuning",
     ),
+    Row(
+        name="TensorRTLLM",
+        aliases=("tensorrtllm",),
+        config_path="algorithms.engines.tensorrt_llm.config:TensorRtLlmConfig",
+        class_path="algorithms.engines.tensorrt_llm.algorithm:TensorRtLlm",
+        summary="engines for NVIDIA GPUs by NVIDIA's own programs, which it calls where they are installed",
+    ),
 )
 
 # Names that recipes of this family use and that this version cannot run: told apart from typing errors.
-PLANNED = ("FlapPruner", "LMQuant", "TensorRTLLM", "ReALLM")
+PLANNED = ("FlapPruner", "LMQuant", "ReALLM")
 
 
 def rows() -> tuple[Row, ...]:

@@ -60,6 +60,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: Con
     if algorithm.is_named:
         envelope["ALGORITHM"] = algorithm.key  # its own name, where the recipe uses another
     recipe = _validated(document, Recipe, envelope, (), algorithm)
+    algorithm.devices = () if recipe is None else recipe.cuda_id
     parameters = None
     if algorithm.config is not None:
         parameters = _validated(document, algorithm.config, algorithm.parameters(), (BLOCK, algorithm.key), algorithm)
@@ -81,6 +82,7 @@ class _Algorithm:
         self.is_named = config is not None
         self.config = config or self._supposed()
         self.key = str(values.get("ALGORITHM")) if self.config is None else self.config.algorithm
+        self.devices: tuple[int, ...] = ()  # of the envelope, once that is read
         self._unused: list[str] = []
 
     def _named(self) -> type[AlgorithmParameters] | None:
@@ -136,10 +138,10 @@ class _Algorithm:
         """One line for each block of another algorithm."""
         return tuple(f"{BLOCK}.{name} has no effect: ALGORITHM is {self.key}" for name in self._unused)
 
-    def context(self) -> dict[str, tuple[str, ...]]:
-        """What the envelope's checks need to know: stages, formats, and the texts of CORPORA."""
+    def context(self) -> dict[str, tuple[str | int, ...]]:
+        """What checks need to know of elsewhere: stages, formats, the texts of CORPORA, the devices of CUDA_ID."""
         local = self._values.get("CORPORA")
-        context = {"corpora": tuple(local) if isinstance(local, dict) else ()}
+        context = {"corpora": tuple(local) if isinstance(local, dict) else (), "devices": self.devices}
         if self.config is not None:
             context |= {"stages": self.config.stage_names, "formats": self.config.export_formats}
         return context

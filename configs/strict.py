@@ -68,6 +68,11 @@ class AlgorithmParameters(Parameters):
         """Whether the recipe asks for figures of the uncompressed model and nothing else."""
         return False
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether no stage can be shared, so that several devices start no further processes."""
+        return False
+
     def memory_remedies(self) -> tuple[str, ...]:
         """Overrides (``KEY=VALUE``, below the algorithm's block) that need less memory, gentlest first."""
         return ()

@@ -30,6 +30,7 @@ _ELSEWHERE = {
     "gptq": "gptqmodel and vLLM read it, and neither installs beside this project's torch and transformers",
     "qserve": "QServe and SGLang read it, on CUDA alone",
     "spqr-tiles": "the spqr_quant package reads it, on CUDA in float16 alone, and transformers 5 cannot load it through that",
+    "tensorrt-llm": "an engine runs in TensorRT-LLM alone, on the kind of GPU that it was built for",
 }
 
 

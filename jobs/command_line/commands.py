@@ -53,7 +53,8 @@ def _load(arguments: Arguments) -> list[LoadedRecipe]:
 
 
 def _run(loaded: LoadedRecipe, arguments: Arguments) -> None:
-    ranks = 1 if loaded.parameters.evaluate_only else ranks_to_start(loaded.recipe)
+    alone = loaded.parameters.evaluate_only or loaded.parameters.runs_alone
+    ranks = 1 if alone else ranks_to_start(loaded.recipe)
     if ranks > 1:
         from jobs.processes.launcher import start_ranks
 

@@ -37,7 +37,7 @@ from jobs.results.publishing import CONFIG, count_files, format_folder, is_publi
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"  # the export of plain float16 weights
-_WEIGHTS = (".safetensors", ".gguf")
+_WEIGHTS = (".safetensors", ".gguf", ".engine")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,9 +70,16 @@ class Materials:
         """Let the algorithm refuse what cannot work, before any stage starts.
 
         Raises:
-            DataError: from the algorithm; says which key to change.
+            DataError: from the algorithm, or figures are asked for that nobody can take; says which key to change.
+            MissingEnvironmentError: from the algorithm; says what to install.
         """
-        here, allowed = {spec.name for spec in self.specs}, self.loaded.recipe.stages
+        recipe = self.loaded.recipe
+        if not self.algorithm.loads and recipe.evaluation is not None and recipe.evaluation.corpora:
+            raise DataError(
+                f"EVALUATION: what {self.algorithm.name} makes cannot be run by this program, so there are no figures of it. "
+                "Leave EVALUATION out; `python main.py evaluate` has those of the uncompressed model."
+            )
+        here, allowed = {spec.name for spec in self.specs}, recipe.stages
         absent = [n for n in self.loaded.parameters.stage_names if n not in here and (allowed is None or n in allowed)]
         with users_mistakes():
             self.algorithm.preflight(self.source, [*(stage.spec.name for stage in plan.runs), *absent])

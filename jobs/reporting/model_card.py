@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +37,10 @@ _NOTES = {
     "compressed-tensors": "The layout is also vLLM's, by its source; vLLM was not run on this folder.",
     "gguf": "llama.cpp reads `model.gguf` too, where it holds a tokenizer; the job's log says if it does not.",
     "spqr": "transformers alone does not know this layout and would start from random weights.",
+    "tensorrt-llm": "The engines are for the kind of GPU and the release of TensorRT-LLM that built them, and for no others.",
 }
+# What runs a format that no Python library loads, in this folder; MODEL is the uncompressed model.
+_COMMANDS = {"tensorrt-llm": "python run.py --max_output_len 1000 --tokenizer_dir MODEL --engine_dir ."}
 
 
 def model_card(
@@ -54,7 +58,7 @@ def model_card(
     name = Path(summary.model).name if Path(summary.model).is_absolute() else summary.model
     header = {
         **({"base_model": name} if name == summary.model else {}),  # a path is no model that the hub could link to
-        "library_name": "transformers",
+        "library_name": formats[0] if formats and formats[0] in _COMMANDS else "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(tags),
     }
@@ -116,6 +120,9 @@ def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -
     if install:
         lines += ["```bash", install, "```", ""]
     lines += [f"{note}\n" for note in (*notes, *filter(None, [_NOTES.get(formats[0])]))]
+    if formats[0] in _COMMANDS:
+        command = _COMMANDS[formats[0]].replace("MODEL", shlex.quote(summary.model))
+        return "\n".join([*lines, "```bash", command, "```"])
     lines += [
         "```python",
         "import torch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from jobs.workspace import Workspace
 class JobPlan:
     """What a job would do. ``plan`` is None where the model or the text is not there to compute keys from; ``notes`` say so.
 
-    ``disk_bytes`` is at most what the stages that run will add, ``earlier_wall_s`` what the same stages took before.
+    ``commands`` are those of other programs that the stages start, as a shell would read them. ``disk_bytes`` is at most what
+    the stages that run will add, ``earlier_wall_s`` what the same stages took before.
     """
 
     paths: Mapping[str, str]
     rows: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
+    commands: tuple[str, ...] = ()
     plan: Plan | None = None
     disk_bytes: int | None = None
     disk_free: int | None = None
@@ -43,7 +46,9 @@ class JobPlan:
         width = max(len(name) for name, _, _ in self.rows)
         rows = [f"{name:{width}}  {action:5}  {reason}" for name, action, reason in self.rows]
         paths = [f"{label:8} {path}" for label, path in self.paths.items()]
-        return "\n".join([*paths, "", *rows, "", *(f"{label:8} {text}" for label, text in self._facts())]).rstrip()
+        facts = [f"{label:8} {text}" for label, text in self._facts()]
+        commands = ["", "commands", *self.commands] if self.commands else []
+        return "\n".join([*paths, "", *rows, "", *facts, *commands]).rstrip()
 
     def as_table(self) -> Group:
         """The plan as rich tables."""
@@ -54,7 +59,8 @@ class JobPlan:
         stages = Table("stage", "", "why")
         for row in self.rows:
             stages.add_row(*(Text(cell) for cell in row))
-        return Group(above, stages, below)
+        commands = [Text("commands", style="bold"), *map(Text, self.commands)] if self.commands else []
+        return Group(above, stages, below, *commands)
 
     def _facts(self) -> list[tuple[str, str]]:
         lines = []
@@ -92,6 +98,7 @@ def describe_job(loaded: LoadedRecipe, workspace: Workspace, manifest: Manifest,
         paths=paths,
         rows=tuple((stage.spec.name, stage.action.value, stage.reason) for stage in plan.stages),
         notes=(*loaded.warnings, *plan.warnings, *_refusals(materials, plan)),
+        commands=_commands(materials),
         plan=plan,
         disk_bytes=sum(_disk(stage, materials) for stage in plan.runs),
         disk_free=_free(workspace.job_dir),
@@ -102,9 +109,18 @@ def describe_job(loaded: LoadedRecipe, workspace: Workspace, manifest: Manifest,
 def _refusals(materials: Materials, plan: Plan) -> list[str]:
     try:
         materials.preflight(plan)
-    except ValueError as error:
+    except (ValueError, MissingEnvironmentError) as error:
         return [f"A run would be refused: {error}"]
     return []
+
+
+def _commands(materials: Materials) -> tuple[str, ...]:
+    """What the stages would start; nothing where the recipe is refused anyway."""
+    try:
+        commands = materials.algorithm.commands(materials.source, materials.workspace.job_dir)
+    except ValueError:
+        return ()
+    return tuple(shlex.join(command) for command in commands)
 
 
 def _blind_plan(

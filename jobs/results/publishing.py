@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 EXPORTS = "exports"
-_MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".engine")
 
 
 def format_folder(name: str, formats: tuple[str, ...]) -> str:

@@ -24,6 +24,8 @@ def test_plan_says_what_would_run_and_creates_nothing(tmp_path):
     assert found.earlier_wall_s is None
     assert found.disk_bytes == 2 * 2 * (16 * 16 + 8)
     assert "calibration  run    not run yet" in found.as_text()
+    assert found.commands == ()
+    assert "commands" not in found.as_text()
     created = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path not in before}
     assert created == {"model"}, "only the stand-in for resolve_model wrote"
 

@@ -31,7 +31,13 @@ def test_dense_logits_and_their_greedy_continuation(tmp_path):
 
 @pytest.mark.parametrize(
     ("client_format", "said"),
-    [("awq", "gptqmodel and vLLM"), ("gptq", "gptqmodel and vLLM"), ("qserve", "SGLang"), ("spqr-tiles", "on CUDA")],
+    [
+        ("awq", "gptqmodel and vLLM"),
+        ("gptq", "gptqmodel and vLLM"),
+        ("qserve", "SGLang"),
+        ("spqr-tiles", "on CUDA"),
+        ("tensorrt-llm", "in TensorRT-LLM alone"),
+    ],
 )
 def test_formats_without_a_client_here_say_what_reads_them(tmp_path, capsys, client_format, said):
     assert run(client_format, tmp_path, tmp_path) == NO_CLIENT
