@@ -13,7 +13,7 @@ from torch import Tensor
 
 from algorithms.formats.storage import to_storage
 from algorithms.numerics.bit_packing import pack_bits, unpack_bits
-from algorithms.numerics.progressive import ProgressiveCodes
+from algorithms.numerics.grids.progressive import ProgressiveCodes
 
 _PARTS = ("codes", "row_scales", "group_scales", "zeros", "shape")
 _MARK = ".row_scales"  # no other way to store a linear has this part

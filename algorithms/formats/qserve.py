@@ -30,7 +30,7 @@ from torch import Tensor
 from algorithms.formats import progressive, uniform
 from algorithms.formats.storage import WHOLE_ROW, to_storage
 from algorithms.modeling.source import ModelError
-from algorithms.numerics.progressive import ProgressiveCodes
+from algorithms.numerics.grids.progressive import ProgressiveCodes
 from algorithms.numerics.uniform import UniformCodes
 
 BITS = 4

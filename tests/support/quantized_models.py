@@ -13,7 +13,7 @@ from torch import Tensor
 
 from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.source import ModelSource
-from algorithms.numerics.progressive import ProgressiveCodes
+from algorithms.numerics.grids.progressive import ProgressiveCodes
 from algorithms.numerics.uniform import UniformCodes
 from tests.support.models import save_family
 

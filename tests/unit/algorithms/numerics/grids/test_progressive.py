@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from algorithms.numerics.progressive import ProgressiveCodes
+from algorithms.numerics.grids.progressive import ProgressiveCodes
 from tests.support.quantized_models import progressive_codes
 
 
