@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.source import ModelError, ModelSource
-from algorithms.numerics.hadamard import random_signs, times_hadamard
+from algorithms.numerics.activations.hadamard import random_signs, times_hadamard
 from algorithms.numerics.randomness import keyed_generator
 
 

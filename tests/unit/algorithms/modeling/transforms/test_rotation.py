@@ -12,7 +12,7 @@ from algorithms.modeling.activations import embed
 from algorithms.modeling.architecture import architecture_for
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.rotation import RotatedSource
-from algorithms.numerics.hadamard import hadamard
+from algorithms.numerics.activations.hadamard import hadamard
 from algorithms.quantization.gptq.algorithm import Gptq
 from algorithms.quantization.gptq.config import GptqConfig
 from tests.support.models import FAMILIES, confident, save_family, token_sequences

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from algorithms.numerics.hadamard import hadamard, random_signs, times_hadamard
+from algorithms.numerics.activations.hadamard import hadamard, random_signs, times_hadamard
 from algorithms.numerics.randomness import keyed_generator
 
 # Sylvester, Paley I over primes and over GF(27), GF(343), Paley II over primes and over GF(9), GF(25), GF(49), and products.
@@ -42,7 +42,7 @@ def test_the_fast_product_is_the_matrix_product(order):
 def test_many_rows_in_pieces_are_as_one(monkeypatch):
     matrix = torch.randn(37, 24, dtype=torch.float64)
     whole = times_hadamard(matrix)
-    monkeypatch.setattr("algorithms.numerics.hadamard._CHUNK", 100)
+    monkeypatch.setattr("algorithms.numerics.activations.hadamard._CHUNK", 100)
     torch.testing.assert_close(times_hadamard(matrix), whole, atol=1e-14, rtol=0)
 
 
