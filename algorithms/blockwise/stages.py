@@ -6,7 +6,6 @@ A plugin brings its :class:`BlockCompressor` and the formats it can write; the r
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,12 +53,12 @@ def calibrate(context: StageContext, source: ModelSource, compressor: BlockCompr
 
     Ranks share out the sequences, and with them the forwards, the statistics and the tuning; rank 0 writes.
 
-    Leaves ``<block>.safetensors`` and ``<block>.json`` for every block, ``not_quantized_weights.safetensors``, the original
+    Leaves ``<block>.safetensors`` and ``<block>.json`` for every block, ``not_quantized_weights.safetensors``, the source's
     config.json and tokenizer files, and calibration.json with ``facts`` and the report of every block.
     """
     directory, ranks = context.output_dir, context.ranks
     if ranks.is_main:
-        write_outside(source.directory, directory, source.tensors(source.outside_names()))
+        write_outside(source, directory, source.tensors(source.outside_names()))
     reports: list[Mapping[str, object]] = []
     with context.progress(f"{how.name} calibration", source.num_blocks) as advance:
 
@@ -161,11 +160,11 @@ def _spread(sequences: Sequence[Tensor], count: int | None) -> tuple[list[Tensor
     return [sequences[place] for place in sorted(chosen)], [s for place, s in enumerate(sequences) if place not in chosen]
 
 
-def write_outside(origin: Path, directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """What of a calibration's folder belongs to no block: ``tensors`` as they are stored, and the small files of ``origin``."""
+def write_outside(source: ModelSource, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """What of a calibration's folder belongs to no block: ``tensors`` as they are stored, and the small files of ``source``."""
     atomic_save_tensors(directory / OUTSIDE, {name: to_storage(tensor, name) for name, tensor in tensors.items()})
-    copy_companions(origin, directory)
-    shutil.copyfile(origin / "config.json", directory / "config.json")
+    copy_companions(source.directory, directory)
+    atomic_write_json(directory / "config.json", source.raw_config())
 
 
 def _note(index: int, report: Mapping[str, object]) -> str:

@@ -270,7 +270,7 @@ def _write(
             store.save(index, tensors, {"index": index})
     outside = parts.outside(f"{source.architecture.blocks}.", list(calibrated.outside()))
     if ranks.is_main:
-        write_outside(calibrated.directory, directory, outside)
+        write_outside(calibrated.source, directory, outside)
 
 
 def _hand_on(directory: Path, calibrated: Calibrated) -> None:
@@ -278,7 +278,7 @@ def _hand_on(directory: Path, calibrated: Calibrated) -> None:
     store = BlockStore(directory)
     for index, tensors in calibrated.blocks():
         store.save(index, tensors, {"index": index})
-    write_outside(calibrated.directory, directory, calibrated.outside())
+    write_outside(calibrated.source, directory, calibrated.outside())
 
 
 class _Parts:
