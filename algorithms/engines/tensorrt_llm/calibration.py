@@ -9,7 +9,7 @@ from pathlib import Path
 from algorithms.base import Artifact, StageContext, StageError
 from algorithms.engines.tensorrt_llm.commands import checkpoint_command, checkpoint_name
 from algorithms.engines.tensorrt_llm.config import PLAIN, TensorRtLlmConfig
-from algorithms.engines.tensorrt_llm.families import Family, family_of
+from algorithms.engines.tensorrt_llm.families import ROW, Family, family_of, told_about
 from algorithms.engines.tensorrt_llm.programs import run_program
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
@@ -21,12 +21,23 @@ _WEIGHTS = "*.safetensors"
 
 
 def family(source: ModelSource, config: TensorRtLlmConfig) -> Family:
-    """The row of a model's type.
+    """The row of a model's type, with what its converter has to know of the model.
 
     Raises:
-        ValueError: there is none, or not with this quantization.
+        ValueError: there is none, or not with this quantization; or the recipe contradicts the model.
     """
-    return family_of(str(source.raw_config().get("model_type")), None if config.method == PLAIN else config.method)
+    found = source.raw_config()
+    row = family_of(str(found.get("model_type")), None if config.method == PLAIN else config.method)
+    row = told_about(row, found, config.release)
+    if config.method != PLAIN or not row.converter.wants_facts:
+        return row
+    for key, said, own in (
+        ("rotary_base", config.rotary_base, row.rotary_base),
+        ("hidden_act", config.hidden_act, row.hidden_act),
+    ):
+        if said not in (None, own):
+            raise ValueError(f"{ROW}.{key}: {said} is not the model's, which is {own}; leave the key out.")
+    return row
 
 
 def make_checkpoint(config: TensorRtLlmConfig, context: StageContext) -> Artifact:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from algorithms.engines.tensorrt_llm.config import PLAIN, TensorRtLlmConfig
-from algorithms.engines.tensorrt_llm.families import RELEASES, Family
+from algorithms.engines.tensorrt_llm.families import HIDDEN_ACT, RELEASES, ROTARY_BASE, Family
 
 Command = tuple[str, ...]
 
@@ -38,10 +38,10 @@ def checkpoint_command(family: Family, config: TensorRtLlmConfig, *, model: Path
 
 def build_command(family: Family, config: TensorRtLlmConfig, *, checkpoint: Path, output: Path) -> Command:
     """The command that builds one engine file a GPU from a checkpoint."""
-    total, gpus = RELEASES[config.release].total_length, config.gpus
+    recent, gpus = RELEASES[config.release].is_recent, config.gpus
     longest = config.max_input_len or family.max_input_len
-    parallel = {"workers": gpus} if total else {"workers": gpus, "gpus_per_node": gpus, "tp_size": gpus}
-    output_length = {"max_seq_len": longest + config.max_output_len} if total else {"max_output_len": config.max_output_len}
+    parallel = {"workers": gpus} if recent else {"workers": gpus, "gpus_per_node": gpus, "tp_size": gpus}
+    output_length = {"max_seq_len": longest + config.max_output_len} if recent else {"max_output_len": config.max_output_len}
     options = {
         "output_dir": output.absolute(),
         "checkpoint_dir": checkpoint.absolute(),
@@ -53,7 +53,7 @@ def build_command(family: Family, config: TensorRtLlmConfig, *, checkpoint: Path
         "max_beam_width": config.max_beam_width,
         "max_num_tokens": config.max_num_tokens,
         "max_prompt_embedding_table_size": config.max_prompt_embedding_table_size,
-        "use_fused_mlp": "enable" if total and config.use_fused_mlp else config.use_fused_mlp,
+        "use_fused_mlp": "enable" if recent and config.use_fused_mlp else config.use_fused_mlp,
     }
     return (BUILDER, *arguments(options))
 
@@ -91,18 +91,16 @@ def _converter(family: Family, config: TensorRtLlmConfig, output: Path) -> dict[
     converter = family.converter
     ranks = None if converter.single_implied and config.gpus == 1 else config.gpus
     common = {**converter.always, "dtype": config.dtype, converter.output: output.absolute(), converter.ranks: ranks}
-    if config.method == "int8":
-        return {**common, **converter.weight_only}
+    facts = {"hidden_act": family.hidden_act, "rotary_base": family.rotary_base} if converter.wants_facts else {}
     if config.method == PLAIN:
-        return {**common, **{name: getattr(config, name) for name in converter.plain}}
+        return {**common, **{name: getattr(config, name) for name in converter.plain}, **facts}
+    unlike = {name: fact for name, fact in facts.items() if fact not in (HIDDEN_ACT, ROTARY_BASE)}
+    if config.method == "int8":
+        return {**common, **converter.weight_only, **unlike}
+    told = RELEASES[config.release].is_recent
     smooth = {"smoothquant": config.smoothquant, "per_token": config.per_token, "per_channel": config.per_channel}
-    told = RELEASES[config.release].total_length
-    return {
-        **common,
-        **smooth,
-        "calib_dataset": _text(config.calib_dataset),
-        "calib_size": config.calib_size if told else None,
-    }
+    text = {"calib_dataset": _text(config.calib_dataset), "calib_size": config.calib_size if told else None}
+    return {**common, **smooth, **text, **unlike}
 
 
 def _text(name: str | None) -> str | None:

@@ -16,11 +16,10 @@ from configs.values import (
     FloatDtype,
     NumberOrZero,
     OptionalCount,
+    OptionalPositive,
     OptionalText,
     Overwrite,
-    Positive,
     Real,
-    Text,
     Whole,
     expected,
     path,
@@ -36,7 +35,7 @@ USED: Mapping[str, tuple[str, ...]] = {
     "fp8": _QUANTIZER,
     "smoothquant": ("smoothquant", "per_token", "per_channel", "calib_size", "calib_dataset"),
     "int8": (),
-    PLAIN: ("per_channel", "per_token", "int8_kv_cache", "per_group", "hidden_act", "rotary_base"),
+    PLAIN: ("per_channel", "per_token", "int8_kv_cache", "per_group"),
 }
 BUILD_KEYS = (
     *("max_batch_size", "max_input_len", "max_output_len", "max_beam_width"),
@@ -86,8 +85,8 @@ class TensorRtLlmConfig(AlgorithmParameters):
     awq_block_size: Count = 128
     int8_kv_cache: Flag = False
     per_group: Flag = False
-    hidden_act: Text = "silu"
-    rotary_base: Positive = 10000.0
+    hidden_act: OptionalText = None  # null: the model's; another is refused
+    rotary_base: OptionalPositive = None
 
     # the build
     max_batch_size: Count = 1

@@ -15,7 +15,7 @@ from algorithms.engines.tensorrt_llm.commands import (
     run_command,
 )
 from algorithms.engines.tensorrt_llm.config import METHODS, TensorRtLlmConfig
-from algorithms.engines.tensorrt_llm.families import FAMILIES, family_of
+from algorithms.engines.tensorrt_llm.families import FAMILIES, family_of, told_about
 
 # The options of the programs, copied from their sources: those that a command here could need. quantize.py of 0.9 (March 2024)
 # and of 1.0, the converters as far as they could be read, trtllm-build of 0.9 and of 1.0.
@@ -44,9 +44,9 @@ def config(**keys):
     return TensorRtLlmConfig.model_validate({"examples_dir": "/trt/examples", **keys})
 
 
-def checkpoint(model_type="llama", **keys):
+def checkpoint(model_type="llama", model=None, **keys):
     chosen = config(**keys)
-    family = family_of(model_type, chosen.quant_method if chosen.to_quantize else None)
+    family = told_about(family_of(model_type, chosen.quant_method if chosen.to_quantize else None), model or {}, chosen.release)
     return shlex.join(checkpoint_command(family, chosen, model=Path("/m"), output=Path("/o")))
 
 
@@ -142,6 +142,23 @@ def test_every_option_is_one_that_the_program_has(release, model_type):
             given = {word.removeprefix("--") for word in shlex.split(line) if word.startswith("--")}
             assert len(given) >= 3
             assert given <= set(OPTIONS[release, program].split()), (program, method)
+
+
+@pytest.mark.parametrize("model", [{"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}])
+def test_the_converter_is_told_what_it_would_not_read_from_the_model(model):
+    """Older converters take 10000 unless told, and the engine would compute something else than the model."""
+    for keys in ({"quant_method": "int8"}, {"quant_method": "smoothquant"}, {"to_quantize": False}):
+        assert checkpoint(model=model, **keys).endswith("--rotary_base 1000000.0")
+    assert "--hidden_act gelu" in checkpoint(model={"hidden_act": "gelu"}, quant_method="int8")
+    assert "rotary_base" not in checkpoint("gemma", model=model, quant_method="int8")
+
+
+def test_stretched_rotary_embeddings_need_a_release_that_reads_them():
+    for model in ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}}):
+        with pytest.raises(ValueError, match=r"rotary embeddings are stretched \((linear|llama3)\).*release: 1.0 does"):
+            checkpoint(model=model)
+        assert checkpoint(model=model, release="1.0") == checkpoint(release="1.0")
+    assert checkpoint(model={"rope_scaling": None}) == checkpoint()
 
 
 def test_unsupported_pairs_name_what_is_supported():
