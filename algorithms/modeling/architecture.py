@@ -16,6 +16,7 @@ _LLAMA_GROUPS = (
     ("mlp.down_proj",),
 )
 _LLAMA_NORMS = {"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": "post_attention_layernorm"}
+_LLAMA_GATES = {"mlp.down_proj": "mlp.gate_proj"}
 _LLAMA_FEEDERS = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
 
 
@@ -29,7 +30,8 @@ class ModelArchitecture:
 
     Where a factor for each input channel of a group can be moved, by the group's first linear: ``input_norms`` have the norm
     whose output the group reads, ``feeders`` the linear whose output rows become its input channels through nothing but
-    products with other values. Where an attention head's values serve several query heads, one row feeds several channels.
+    products with other values. Where an attention head's values serve several query heads, one row feeds several channels; where
+    the products are with the outputs of a further linear, row by row, that is in ``gates``.
     Norms multiply by their weight plus ``norm_offset``. ``attention`` is the module that holds queries, keys and values, in
     ``qkv`` their linears; ``qk_norms`` are norms of each head's queries and keys, behind their linears.
     """
@@ -43,6 +45,7 @@ class ModelArchitecture:
     final_norm: str = "model.norm"
     input_norms: Mapping[str, str] = field(default_factory=lambda: dict(_LLAMA_NORMS))
     feeders: Mapping[str, str] = field(default_factory=lambda: dict(_LLAMA_FEEDERS))
+    gates: Mapping[str, str] = field(default_factory=lambda: dict(_LLAMA_GATES))
     norm_offset: float = 0.0
     attention: str = "self_attn"
     qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -59,15 +60,37 @@ class UniformCodes:
 
 @dataclass(frozen=True, kw_only=True)
 class RangeSearch:
-    """Which ranges are tried for a group, as factors of the full one, and the power of an error that is summed."""
+    """Which ranges are tried for a group, as factors of the full one, and the power of an error that is summed.
+
+    Not ``weighted``, errors in all columns count alike.
+    """
 
     factors: tuple[float, ...] = tuple(1 - 0.6 * step / 24 for step in range(24))
     degree: float = 2.0
+    weighted: bool = True
+
+
+class GroupGrid(Protocol):
+    """How a quantizer of columns gets the grid of a group: codes 0 .. ``top`` of ``bits``."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        ...
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        ...
+
+    def fit(self, columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zeros [O] of a group, from its columns [g, O], in which errors count by ``weights`` [g]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How groups get their scales and zeros.
+    """Grids whose scales are float16 values and whose zeros are whole; see :class:`GroupGrid`.
 
     ``search`` chooses each range by its error; None takes minimum and maximum. ``exact_products`` leaves scales so few digits
     that scale times zero is a float16 number, for formats that store this product.
@@ -95,6 +118,10 @@ class Grid:
         stored = stored_scales(scales)
         return short_scales(stored) if self.exact_products else stored
 
+    def fit(self, columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`fit_grid`."""
+        return fit_grid(columns, weights, self)
+
 
 def fit_grid(columns: Tensor, weights: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scales and whole zeros [O] of one group, from its columns [g, O]; scales are float16 values.
@@ -106,6 +133,7 @@ def fit_grid(columns: Tensor, weights: Tensor, grid: Grid) -> tuple[Tensor, Tens
     scales = grid.stored(full)
     if grid.search is None:
         return scales, zeros
+    weights = weights if grid.search.weighted else torch.ones_like(weights)
     least = torch.full_like(scales, torch.inf)
     for factor in grid.search.factors:
         tried = grid.stored(full * factor)
@@ -156,7 +184,7 @@ class UniformColumns:
         order: with ``static`` groups, the model column at each place of the sweep, [I] int64.
     """
 
-    def __init__(self, num_columns: int, *, group_size: int, grid: Grid, order: Tensor | None = None) -> None:
+    def __init__(self, num_columns: int, *, group_size: int, grid: GroupGrid, order: Tensor | None = None) -> None:
         self.group_size = group_size
         self._grid, self._order = grid, order
         self._groups = [place // group_size for place in range(num_columns)]
@@ -215,4 +243,4 @@ class UniformColumns:
         )
 
     def _fit(self, group: int, columns: Tensor, pivots: Tensor) -> None:
-        self._scales[group], self._zeros[group] = fit_grid(columns, pivots.square().reciprocal(), self._grid)
+        self._scales[group], self._zeros[group] = self._grid.fit(columns, pivots.square().reciprocal())

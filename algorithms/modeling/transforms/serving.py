@@ -100,7 +100,7 @@ class Serving:
         self.check(attention.config)
         if served is None:
             implementation = attention.config._attn_implementation
-            _implementation(attention, implementation)
+            attention_implementation(attention, implementation)
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = _NAME
         else:
@@ -131,14 +131,14 @@ def _served_attention(
         query = cache.quantize(query) if cache.queries else query
         key = cache.quantize(key) if cache.keys else key
         value = cache.quantize(value) if cache.values else value
-    compute = _implementation(module, module.served.implementation)
+    compute = attention_implementation(module, module.served.implementation)
     return compute(module, query, key, value, attention_mask, **settings)
 
 
 AttentionInterface.register(_NAME, _served_attention)
 
 
-def _implementation(attention: nn.Module, name: str | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def attention_implementation(attention: nn.Module, name: str | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A registered implementation, or the plain one, which every family defines beside its attention."""
     if name in (None, "eager"):
         found = vars(sys.modules[type(attention).__module__]).get("eager_attention_forward")

@@ -14,13 +14,20 @@ from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import ALONE, Ranks
 
 
+_SAMPLED = 256  # tokens of all ranks that a sample has, about
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChannelStatistics:
-    """Of the I input channels of a group, over tokens: ``hessian`` [I, I], mean of |x| [I] and largest |x| [I], float32."""
+    """Of the I input channels of a group, over tokens: ``hessian`` [I, I], mean of |x| [I] and largest |x| [I], float32.
+
+    ``sample`` [n, I] are some of the tokens, at even distances.
+    """
 
     hessian: Tensor
     mean_size: Tensor
     largest: Tensor
+    sample: Tensor
 
 
 def survey(
@@ -35,26 +42,31 @@ def survey(
     """
     leaders = [group[0] for group in architecture.input_groups]
     widths = {leader: block.get_submodule(leader).weight.shape[1] for leader in leaders}
+    few = -(-_SAMPLED // max(1, len(inputs.batches) * ranks.size))
     found = {}
     with BlockWalk(block, index, inputs, leaders) as walk:
         for leader in leaders:
             statistics = InputStatistics(widths[leader], inputs.device)
             sizes, largest = (torch.zeros(widths[leader], device=inputs.device, dtype=torch.float64) for _ in range(2))
+            sampled = [largest.new_empty(0, widths[leader], dtype=torch.float32)]
             for batch in walk.next_stop():
                 statistics.update(batch)
-                tokens = batch.flatten(0, 1).abs()
+                tokens = batch.flatten(0, 1)
                 tokens = tokens[torch.isfinite(tokens.sum(1))]
-                sizes += tokens.sum(0, dtype=torch.float64)
+                sizes += tokens.abs().sum(0, dtype=torch.float64)
                 if tokens.shape[0]:
-                    largest = torch.maximum(largest, tokens.amax(0).double())
+                    largest = torch.maximum(largest, tokens.abs().amax(0).double())
+                sampled.append(tokens[:: max(1, tokens.shape[0] // few)][:few])
             ranks.meet()
             statistics.add_up(ranks.sum_)
             ranks.sum_(sizes)
-            largest = torch.stack(ranks.exchange(largest)).amax(0)
+            parts = ranks.exchange((largest, torch.cat(sampled)))
+            largest = torch.stack([part[0] for part in parts]).amax(0)
             found[leader] = ChannelStatistics(
                 hessian=statistics.hessian(),
                 mean_size=(sizes / statistics.num_tokens).float(),
                 largest=largest.float(),
+                sample=torch.cat([part[1] for part in parts]),
             )
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from algorithms.numerics.column_sweep import inverse_factor, refine, sweep
-from algorithms.numerics.uniform import Grid, UniformCodes, UniformColumns
+from algorithms.numerics.uniform import Grid, GroupGrid, UniformCodes, UniformColumns
 
 WHOLE_ROW = -1
 
@@ -38,7 +38,12 @@ def fit_uniform(wanted: Mapping[str, Tensor], hessian: Tensor | None, settings: 
         hessian: H [I, I] of their common input; None rounds every weight on its own.
         settings: grid, groups and order.
     """
-    matrix = torch.cat(list(wanted.values()))
+    codes = sweep_codes(torch.cat(list(wanted.values())), hessian, settings, settings.grid)
+    return {name: codes.rows(*place) for name, place in row_places(wanted).items()}
+
+
+def sweep_codes(matrix: Tensor, hessian: Tensor | None, settings: SweepSettings, grid: GroupGrid) -> UniformCodes:
+    """Uniform codes of W [O, I]; ``grid`` takes the place of the settings' own."""
     order, factor = None, None
     if hessian is not None:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if settings.act_order else None
@@ -47,7 +52,7 @@ def fit_uniform(wanted: Mapping[str, Tensor], hessian: Tensor | None, settings: 
     quantizer = UniformColumns(
         columns.shape[0],
         group_size=columns.shape[0] if settings.group_size == WHOLE_ROW else settings.group_size,
-        grid=settings.grid,
+        grid=grid,
         order=order,
     )
     if factor is not None and settings.static_groups:
@@ -56,8 +61,7 @@ def fit_uniform(wanted: Mapping[str, Tensor], hessian: Tensor | None, settings: 
     if factor is not None:
         for _ in range(settings.refinements):
             refine(columns, result, factor.hessian, quantizer)
-    codes = quantizer.result()
-    return {name: codes.rows(*place) for name, place in row_places(wanted).items()}
+    return quantizer.result()
 
 
 def row_places(matrices: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
