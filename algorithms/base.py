@@ -172,6 +172,21 @@ class CompressionAlgorithm(ABC):
     def load(self, artifact: Artifact) -> nn.Module:
         """Any artifact of this algorithm as a float32 Hugging Face model that runs, with the values that would be exported."""
 
+    def as_served(self, model: nn.Module, artifact: Artifact, source: ModelSource, client: str | None = None) -> nn.Module:
+        """A loaded model as it computes where it is served: the same, unless a server rounds more than weights.
+
+        Args:
+            model: as :meth:`load` gives it; may be changed, and be handed over again.
+            artifact: what it was loaded from.
+            source: the model of the job.
+            client: a format, whose client on this machine it is to compute like; without, as it is served.
+        """
+        return model
+
+    def serving_notes(self) -> Sequence[str]:
+        """What whoever serves the result has to know, for the log and the model card, one sentence each."""
+        return ()
+
     @abstractmethod
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
         """Total stored bits by component (codes, codebooks, ...), and ``parameters``, the number of compressed weights."""

@@ -39,6 +39,13 @@ REGISTRY = (
         summary="2 to 8 bits a weight, input channels scaled by what flows through them; AWQ's own format among others",
     ),
     Row(
+        name="LMQuant",
+        aliases=("lmquant", "QoQ"),
+        config_path="algorithms.quantization.lmquant.config:LmquantConfig",
+        class_path="algorithms.quantization.lmquant.algorithm:Lmquant",
+        summary="QoQ: 4-bit weights, 8-bit activations, 4-bit KV cache, for QServe and vLLM; SmoothQuant among its presets",
+    ),
+    Row(
         name="SpQR",
         aliases=("SPQR", "spqr"),
         config_path="algorithms.quantization.spqr.config:SpqrConfig",
@@ -69,7 +76,7 @@ REGISTRY = (
 )
 
 # Names that recipes of this family use and that this version cannot run: told apart from typing errors.
-PLANNED = ("FlapPruner", "LMQuant", "ReALLM")
+PLANNED = ("FlapPruner", "ReALLM")
 
 
 def rows() -> tuple[Row, ...]:

@@ -18,6 +18,7 @@ from algorithms.formats.storage import to_storage
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_loop import BlockData
+from algorithms.modeling.transforms.serving import AS_IT_IS, Serving
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.spread import WHOLE, Spread
 from algorithms.numerics.statistics import InputStatistics
@@ -59,6 +60,7 @@ class Method(Generic[Weight]):
     rows of a matrix can be fitted apart from each other, ``rows_together`` and their multiples at a time, and it puts such
     parts together again, in their order. ``prepare`` changes a block before its groups are fitted, without changing what it
     computes (see :meth:`algorithms.modeling.block_loop.BlockCompressor.prepare_block`), and returns figures for its report.
+    Blocks of compressed linears compute as ``serving`` says: later blocks see, and make up for, what a server rounds.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Method(Generic[Weight]):
     join: Callable[[Sequence[Weight]], Weight] | None = None
     rows_together: int = 1
     prepare: Callable[[FreshBlock], Mapping[str, object]] | None = None
+    serving: Serving = AS_IT_IS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,7 @@ class CodedCompressor(Generic[Weight]):
             fresh = FreshBlock(index=index, block=block, inputs=inputs, architecture=self._architecture, ranks=self._ranks)
             self._prepared = self._method.prepare(fresh)
         round_to_storage(block, self._architecture.linears)
+        self._serve(block)
 
     def compress_group(
         self, index: int, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None
@@ -155,6 +159,7 @@ class CodedCompressor(Generic[Weight]):
             if self.tunes:
                 wanted = [part.wanted for part in mine if part.wanted is not None]
                 modules[name] = self._method.tunable(stored, torch.cat(wanted), linear.bias)
+            self._method.serving.hook(modules[name])
         return modules
 
     def _fit_share(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None) -> dict[str, _Fitted[Weight]]:
@@ -215,12 +220,17 @@ class CodedCompressor(Generic[Weight]):
         """Dense float32 linears with the stored values."""
         block.load_state_dict(self._method.dense_state(tensors), assign=True)
         block.requires_grad_(False)
+        self._serve(block)
 
     def _replace_tuned(self, block: nn.Module) -> None:
         for name, module in list(block.named_modules()):
             if isinstance(module, RoundingLinear):
                 self._stored[name] = self._method.tuned(module, self._stored[name])
                 block.set_submodule(name, _Finished(self._stored[name], module.bias))
+        self._serve(block)
+
+    def _serve(self, block: nn.Module) -> None:
+        self._method.serving.apply(block, self._architecture.linears, self._architecture)
 
 
 def _output_errors(wanted: Tensor, weight: Tensor, hessian: Tensor | None, step: int) -> tuple[float, float]:

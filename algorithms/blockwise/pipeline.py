@@ -30,7 +30,8 @@ class Pipeline(Generic[Weight]):
 
     ``config`` holds the keys of the recipe, ``method`` the mathematics, ``version`` changes with it. ``exporters`` write a
     calibration as each format; ``read_export`` reads a folder of the first format back, without its client. ``needs_text`` is
-    false where nothing of the result depends on data.
+    false where nothing of the result depends on data. ``view`` is the model that is compressed, seen from that of the job: the
+    same function with other weights. ``extras`` are further files of the output, name -> JSON, from the calibration's folder.
     """
 
     config: BlockwiseParameters
@@ -40,6 +41,8 @@ class Pipeline(Generic[Weight]):
     read_export: Callable[[Path], nn.Module]
     needs_text: bool = True
     version: int = 1
+    view: Callable[[ModelSource], ModelSource] = lambda source: source
+    extras: Callable[[Path], Mapping[str, object]] = lambda calibrated: {}
 
     @property
     def calibrated_kind(self) -> str:
@@ -90,7 +93,7 @@ class Pipeline(Generic[Weight]):
 
     def _calibrate(self, context: StageContext, _artifact: Artifact) -> Artifact:
         config = self.config
-        source = context.source.with_attention(config.attn_implementation)
+        source = self.view(context.source.with_attention(config.attn_implementation))
         compressor = CodedCompressor(
             self.method, source.architecture, tuning=config.block_tuning, seed=config.seed, ranks=context.ranks
         )
@@ -116,7 +119,8 @@ class Pipeline(Generic[Weight]):
         return -(-_TOKENS_PER_INPUT * widest // config.sequence_length)
 
     def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:
-        atomic_write_json(context.output_dir / BITS, self.bits(artifact))
+        for name, value in {BITS: self.bits(artifact), **self.extras(artifact.directory)}.items():
+            atomic_write_json(context.output_dir / name, value)
         kind = f"{self.method.name}-conversion"
         return stages.convert(context, artifact, kind=kind, exports=self.exports, exporters=self.exporters)
 

@@ -30,8 +30,8 @@ class ModelArchitecture:
 
     Where a factor for each input channel of a group can be moved, by the group's first linear: ``input_norms`` have the norm
     whose output the group reads, ``feeders`` the linear whose output rows become its input channels through nothing but
-    products with other values. Where an attention head's values serve several query heads, one row feeds several channels; where
-    the products are with the outputs of a further linear, row by row, that is in ``gates``.
+    products with other values. Where an attention head's values serve several query heads, one row feeds several channels;
+    where the products are with the outputs of a further linear, row by row, that is in ``gates``.
     Norms multiply by their weight plus ``norm_offset``. ``attention`` is the module that holds queries, keys and values, in
     ``qkv`` their linears; ``qk_norms`` are norms of each head's queries and keys, behind their linears.
     """

@@ -78,12 +78,16 @@ class Outcome:
     def reference(self, name: str) -> nn.Module:
         """What the client of a format has to see: the result, rounded as that format stores it."""
         if name != DENSE:
-            return self.model
+            return self.served(name)
         # Codebooks and scales are float16 values already; their products are rounded only where they are written out.
         rounded = self._load()
         for tensor in rounded.parameters():
             tensor.data = tensor.data.half().float()
         return rounded
+
+    def served(self, client: str | None = None) -> nn.Module:
+        """The result as it computes where it is served, or as the client of a format computes it here."""
+        return self.job.algorithm.as_served(self.model, self.unexported, self.job.source, client)
 
     def _load(self) -> nn.Module:
         model = self.job.algorithm.load(self.unexported)
@@ -104,6 +108,8 @@ def conclude(outcome: Outcome) -> Summary:
     if outcome.formats:
         _publish(outcome, withheld=[format_folder(c.format, outcome.formats) for c in failed])
         _write_card(outcome, _summary(outcome, (), certificates))
+    for note in job.algorithm.serving_notes():
+        logger.info("%s", note)
     figures = () if outcome.texts is None else _figures(outcome, outcome.texts)
     summary = _summary(outcome, figures, certificates)
     if outcome.formats and figures:
@@ -187,7 +193,7 @@ def _figures(outcome: Outcome, texts: Texts) -> tuple[CorpusFigures, ...]:
     earlier = outcome.remembered(job.manifest.current.evaluation, key)
     if earlier is not None:
         return evaluation.from_records(earlier["figures"])
-    measured = measure(job, texts, outcome.model)
+    measured = measure(job, texts, outcome.served())
     job.manifest.update(evaluation={"key": key, **measured.record()})
     return measured.figures
 
@@ -271,7 +277,7 @@ def _write_card(outcome: Outcome, summary: Summary) -> None:
         formats=outcome.formats,
         recipe=job.workspace.recipe_path.read_text(encoding="utf-8"),
         tags=("compression", job.algorithm.name.lower()),
-        notes=loading_notes(config),
+        notes=(*loading_notes(config), *job.algorithm.serving_notes()),
     )
     write_extra(job.workspace.job_dir / NAME, card, job.manifest, job.workspace.job_dir)
 

@@ -36,7 +36,8 @@ def load_stored(directory: Path, materials: Materials) -> StoredModel:
     place = directory.expanduser().resolve()
     found = _record_of(place, materials)
     if found is not None:
-        model = materials.algorithm.load(Artifact(kind=found.kind, directory=place, digest=found.key))
+        artifact = Artifact(kind=found.kind, directory=place, digest=found.key)
+        model = materials.algorithm.as_served(materials.algorithm.load(artifact), artifact, materials.source)
         return StoredModel(model=model.eval().requires_grad_(False), digest=found.key)
     if not (place / CONFIG).is_file():
         raise DataError(

@@ -70,7 +70,7 @@ def attention_survey(
 
 @contextmanager
 def observed(block: nn.Module, architecture: ModelArchitecture, see: Observer) -> Iterator[None]:
-    """Within, ``see`` is handed queries, keys and values [batch, heads, length, d] of every forward, as attention takes them."""
+    """Within, ``see`` is handed the queries, keys and values [batch, heads, length, d] that attention takes in a forward."""
     attention = block.get_submodule(architecture.attention)
     before = attention.config
     implementation = before._attn_implementation
@@ -111,8 +111,8 @@ def of_key_heads(sizes: Tensor, count: int) -> Tensor:
 def smooth_keys(block: nn.Module, architecture: ModelArchitecture, factors: Tensor) -> None:
     """Divide keys by ``factors`` [K, d] and multiply the queries that meet them: scores stay.
 
-    Where norms follow the projections of queries and keys, they take the factors, which have to be equal in all heads; their new
-    gains are rounded to float16.
+    Where norms follow the projections of queries and keys, they take the factors, which have to be equal in all heads; their
+    new gains are rounded to float16.
     """
     if architecture.qk_norms is not None:
         query_norm, key_norm = (block.get_submodule(name) for name in architecture.qk_norms)

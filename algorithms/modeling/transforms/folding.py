@@ -52,6 +52,12 @@ def shared(values: Tensor, rows: Tensor) -> Tensor:
     return (logs / torch.bincount(rows, minlength=count)).exp()[rows].to(values.dtype)
 
 
+def largest_shared(values: Tensor, rows: Tensor) -> Tensor:
+    """The largest of values [I] among the channels with the same feeder row, for every channel, [I]."""
+    largest = values.new_zeros(int(rows.max()) + 1).scatter_reduce_(0, rows, values, "amax", include_self=False)
+    return largest[rows]
+
+
 @torch.no_grad()
 def fold(block: nn.Module, architecture: ModelArchitecture, leader: str, scales: Tensor) -> None:
     """Multiply the columns of a group's linears by ``scales`` and divide what makes their input.

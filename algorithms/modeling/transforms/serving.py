@@ -13,21 +13,25 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
 from algorithms.modeling.architecture import ModelArchitecture
-from algorithms.numerics.activations.rounding import fake_quantize_cache, fake_quantize_tokens
+from algorithms.numerics.activations.rounding import fake_quantize_cache, fake_quantize_static, fake_quantize_tokens
 
 _NAME = "bitpress-served"
 _BITS_A_BYTE = 8
+_ALL_HEADS = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheQuantization:
     """How a cache holds its tokens: see :func:`algorithms.numerics.activations.rounding.fake_quantize_cache`.
 
-    ``queries`` are not cached; some recipes quantize them like ``keys`` and ``values`` all the same.
+    A ``group_size`` of -1 is a token's whole projection, all heads together. With ``ranges``, the largest query, key and value
+    of a text, grids are symmetric and known beforehand instead. ``queries`` are not cached; some recipes quantize them like
+    ``keys`` and ``values`` all the same.
     """
 
     bits: int
@@ -37,10 +41,30 @@ class CacheQuantization:
     keys: bool = True
     values: bool = True
     queries: bool = False
+    ranges: tuple[float, float, float] | None = None
 
     def quantize(self, states: Tensor) -> Tensor:
-        """States [batch, heads, length, head_dim] as they come out of the cache."""
-        return fake_quantize_cache(states, self.bits, self.group_size, symmetric=self.symmetric, whole_zeros=self.whole_zeros)
+        """States [batch, heads, length, head_dim] as they come out of a cache whose grids follow them."""
+        if self.group_size != _ALL_HEADS:
+            return fake_quantize_cache(
+                states, self.bits, self.group_size, symmetric=self.symmetric, whole_zeros=self.whole_zeros
+            )
+        batch, heads, length, width = states.shape
+        tokens = states.transpose(1, 2).reshape(batch, length, heads * width)
+        held = fake_quantize_cache(tokens, self.bits, heads * width, symmetric=self.symmetric, whole_zeros=self.whole_zeros)
+        return held.view(batch, length, heads, width).transpose(1, 2)
+
+    def held(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All three as attention gets them."""
+        quantizers = [self.quantize] * 3 if self.ranges is None else [self._static(largest) for largest in self.ranges]
+        chosen = (self.queries, self.keys, self.values)
+        states = zip((query, key, value), quantizers, chosen, strict=True)
+        first, second, third = (quantize(tensor) if asked else tensor for tensor, quantize, asked in states)
+        return first, second, third
+
+    def _static(self, largest: float) -> Callable[[Tensor], Tensor]:
+        scale = torch.tensor(largest / ((1 << (self.bits - 1)) - 1))
+        return lambda states: fake_quantize_static(states, scale.to(states.device), self.bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +132,9 @@ class Serving:
         attention.served = _Served(cache=self.cache, implementation=implementation)
 
 
+AS_IT_IS = Serving()
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Served:
     """What an attention module is to do: the cache, and the name of the implementation that computes."""
@@ -128,9 +155,7 @@ def _served_attention(
     """Attention of queries, keys and values [batch, heads, length, head_dim]; of quantized ones, where the cache says so."""
     cache = module.served.cache
     if cache is not None:
-        query = cache.quantize(query) if cache.queries else query
-        key = cache.quantize(key) if cache.keys else key
-        value = cache.quantize(value) if cache.values else value
+        query, key, value = cache.held(query, key, value)
     compute = attention_implementation(module, module.served.implementation)
     return compute(module, query, key, value, attention_mask, **settings)
 

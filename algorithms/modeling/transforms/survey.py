@@ -13,7 +13,6 @@ from algorithms.modeling.lockstep import BlockWalk
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import ALONE, Ranks
 
-
 _SAMPLED = 256  # tokens of all ranks that a sample has, about
 
 

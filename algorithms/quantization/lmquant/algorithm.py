@@ -1,0 +1,145 @@
+"""LMQuant: QoQ's W4A8KV4 (arXiv 2405.04532) and its relatives, weights made for rounded activations and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from algorithms.base import Artifact, CompressionAlgorithm, StageSpec
+from algorithms.blockwise.pipeline import check_groups, linear_shapes
+from algorithms.blockwise.uniform_exports import check_exports
+from algorithms.formats import qserve
+from algorithms.modeling.source import ModelSource
+from algorithms.modeling.transforms.rotation import RotatedSource
+from algorithms.modeling.transforms.serving import Serving
+from algorithms.quantization.lmquant.calibration import serving_of
+from algorithms.quantization.lmquant.config import LmquantConfig
+from algorithms.quantization.lmquant.pipelines import cache_ranges, pipeline_of, setting_of
+from algorithms.quantization.lmquant.serving_notes import notes_for
+from algorithms.quantization.lmquant.settings import Settings
+
+QSERVE, DENSE = "qserve", "dense"
+
+
+class Lmquant(CompressionAlgorithm):
+    """The plugin: stages calibration and conversion."""
+
+    name = "LMQuant"
+    formats = LmquantConfig.export_formats
+
+    def __init__(self, config: LmquantConfig, exports: Sequence[str] = ()) -> None:
+        self._settings = config.settings
+        super().__init__(config, exports or (next(name for name in self.formats if refusal(self._settings, name) is None),))
+        self._loads_with_qserve = config.loads_with_qserve
+        self._tunes = config.block_tuning is not None
+        self._pipeline = pipeline_of(config, self.exports)
+
+    def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
+        """Refuse what the model's shapes do not allow, and formats that cannot hold the recipe's setting.
+
+        Raises:
+            ValueError: what is wrong, and which key to change.
+        """
+        weights = self._settings.weights
+        if "calibration" in stages:
+            if weights is not None:
+                check_groups(source, weights.group_size, "llm.LMQuant.quant.wgts.group_shapes")
+            if self._settings.rotation is not None:
+                _checked("llm.LMQuant.quant.enable_rotation", lambda: RotatedSource(source))
+            _checked("llm.LMQuant.quant.opts", lambda: serving_of(self._settings).check(source.config))
+            if self._tunes and weights is None:
+                raise ValueError("llm.LMQuant.block_tuning: learned rounding needs codes, and quant.wgts.dtype is null.")
+        if "conversion" in stages:
+            self._check_exports(source)
+
+    def stages(self) -> Sequence[StageSpec]:
+        """Calibration and conversion."""
+        return self._pipeline.specs()
+
+    def load(self, artifact: Artifact) -> nn.Module:
+        """A calibration or an export as a float32 model, with activations as they are."""
+        return self._pipeline.load(artifact)
+
+    def as_served(self, model: nn.Module, artifact: Artifact, source: ModelSource, client: str | None = None) -> nn.Module:
+        """The model with inputs of linears and keys and values rounded; the client of a format rounds inputs, if that."""
+        architecture = source.architecture
+        serving = serving_of(self._settings)
+        if client is not None:
+            serving = Serving(activation_bits=serving.activation_bits if client == "compressed-tensors" else None)
+        serving.apply(model, architecture.linears, architecture)
+        cache = self._settings.cache
+        if client is None and cache is not None and cache.static:
+            blocks = model.get_submodule(architecture.blocks).children()
+            for block, ranges in zip(blocks, cache_ranges(artifact.directory), strict=True):
+                serving_of(self._settings, ranges).apply(block, architecture.linears, architecture)
+        return model
+
+    def serving_notes(self) -> Sequence[str]:
+        """What is rounded besides the weights, and the commands that serve it so."""
+        return notes_for(self._settings, self.exports)
+
+    def bits(self, artifact: Artifact) -> Mapping[str, float]:
+        """Stored bits by component, and the number of compressed weights."""
+        return self._pipeline.bits(artifact)
+
+    def _check_exports(self, source: ModelSource) -> None:
+        if self._loads_with_qserve and QSERVE not in self.exports:
+            raise ValueError("llm.LMQuant.loads_with_qserve: true asks for a format that EXPORT leaves out; add qserve to it.")
+        reasons = {name: refusal(self._settings, name) for name in self.exports}
+        weights = self._settings.weights
+        if QSERVE in self.exports and reasons[QSERVE] is None and weights is not None:
+            reasons[QSERVE] = qserve.shape_refusal(linear_shapes(source), weights.group_size)
+        said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
+        if said:
+            raise ValueError("\n".join([*said, "EXPORT: [dense] holds every setting."]))
+        others = [name for name in self.exports if name not in (QSERVE, DENSE)]
+        if weights is not None and not weights.progressive and others:
+            check_exports(setting_of(self._settings, weights), others, source)
+
+
+def refusal(settings: Settings, name: str) -> str | None:
+    """Why a format cannot hold what a recipe's settings make, in a sentence; None where it can."""
+    weights = settings.weights
+    if name == DENSE:
+        return None
+    if weights is None:
+        return "its weights are codes, and quant.wgts.dtype is null."
+    if name == QSERVE:
+        return _qserve_refusal(settings)
+    if weights.progressive:
+        return "it has no place for scales in two levels (quant.wgts.group_scale_dtypes), which QServe alone reads."
+    return setting_of(settings, weights).refusal(name)
+
+
+def _qserve_refusal(settings: Settings) -> str | None:
+    weights, inputs, smooth = settings.weights, settings.inputs, settings.smooth_xw
+    assert weights is not None
+    if weights.group_size != -1 and not weights.progressive:
+        return "QServe's groups have scales in two levels: set quant.wgts as in quant_type: g128."
+    reason = qserve.refusal(
+        bits=weights.bits,
+        symmetric=weights.symmetric,
+        group_size=weights.group_size,
+        has_column_groups=False,
+        activation_bits=None if inputs is None else inputs.bits,
+    )
+    if reason is not None:
+        return reason
+    if settings.rotation is None:
+        return "QServe takes all norms for ones, which quant.enable_rotation: true makes them."
+    if smooth is not None and not {"proj_qkv", "proj_1st"} <= set(smooth.skips):
+        return "QServe takes all norms for ones: set quant.smooth.xw.skip_proj_qkv and skip_proj_1st."
+    return None
+
+
+def _checked(key: str, check: Callable[[], object]) -> None:
+    """Run a check; what it refuses is reported at ``key``.
+
+    Raises:
+        ValueError: the key, and the check's own words.
+    """
+    try:
+        check()
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
