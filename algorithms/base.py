@@ -189,4 +189,7 @@ class CompressionAlgorithm(ABC):
 
     @abstractmethod
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
-        """Total stored bits by component (codes, codebooks, ...), and ``parameters``, the number of compressed weights."""
+        """Total stored bits by component (codes, codebooks, ...), and ``parameters``, the number of compressed weights.
+
+        ``added`` are bits of parameters outside the blocks that the original does not have, where there are any.
+        """

@@ -106,7 +106,7 @@ class Pipeline(Generic[Weight]):
             sequence_length=config.sequence_length,
             dtype=config.dtype,
             offload=config.offload_activations,
-            facts=lambda reports: {"bits": _total(reports)},
+            facts=lambda reports: {"bits": {**_total(reports), **_added(context.source, source)}},
         )
         return stages.calibrate(context, source, compressor, how)
 
@@ -151,6 +151,12 @@ def check_groups(source: ModelSource, group_size: int, key: str) -> None:
 def dense_reader(directory: Path) -> nn.Module:
     """An export of plain weights in float32."""
     return stages.load_checkpoint(directory, dict)
+
+
+def _added(original: ModelSource, viewed: ModelSource) -> Mapping[str, int]:
+    """Bits of parameters that a view of a model has beyond the model's own."""
+    added = viewed.num_parameters - original.num_parameters
+    return {"added": 16 * added} if added else {}
 
 
 def _total(reports: Sequence[Mapping[str, object]]) -> Mapping[str, float]:

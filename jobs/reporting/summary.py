@@ -21,12 +21,14 @@ class BitAccount:
     """Where the bits of a compressed model go.
 
     ``components`` are total bits by name, ``parameters`` the number of compressed weights. ``model_parameters`` counts all
-    parameters of the model; those that are not compressed are stored in 16 bits.
+    parameters of the model; those that are not compressed are stored in 16 bits. ``added`` are the bits of parameters that the
+    original does not have: a head that is no longer tied, for instance.
     """
 
     components: Mapping[str, float]
     parameters: float
     model_parameters: int
+    added: float = 0.0
 
     @property
     def per_weight(self) -> float:
@@ -37,7 +39,7 @@ class BitAccount:
     def per_model_parameter(self) -> float:
         """Bits of one parameter of the whole model."""
         rest = max(self.model_parameters - self.parameters, 0)
-        return (sum(self.components.values()) + 16 * rest) / self.model_parameters
+        return (sum(self.components.values()) + 16 * rest + self.added) / self.model_parameters
 
     @property
     def parts(self) -> dict[str, float]:
@@ -47,10 +49,15 @@ class BitAccount:
     @classmethod
     def of(cls, bits: Mapping[str, float], model_parameters: int) -> BitAccount | None:
         """From what ``CompressionAlgorithm.bits`` gives; None where nothing is compressed."""
-        components = {name: value for name, value in bits.items() if name != "parameters"}
+        components = {name: value for name, value in bits.items() if name not in ("parameters", "added")}
         if not bits.get("parameters"):
             return None
-        return cls(components=components, parameters=bits["parameters"], model_parameters=model_parameters)
+        return cls(
+            components=components,
+            parameters=bits["parameters"],
+            model_parameters=model_parameters,
+            added=bits.get("added", 0.0),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,7 @@ def run(setting: str, arguments: argparse.Namespace, folder: Path) -> tuple[Path
     manifest = json.loads((job / "manifest.json").read_text(encoding="utf-8"))
     bits = json.loads((job / "bits_report.json").read_text(encoding="utf-8"))
     parameters = bits.pop("parameters")
+    bits.pop("added", None)
     return job, manifest["stages"]["calibration"]["user_cpu_s"], {name: value / parameters for name, value in bits.items()}
 
 
