@@ -23,7 +23,7 @@ ROWS = {"group_size": -1, "progressive": False}
 GROUPS = {"group_size": 128, "progressive": False}
 KV4 = CacheSetting(bits=4, symmetric=False, group_size=128, skip_q=True)
 KV8 = CacheSetting(bits=8, symmetric=True, group_size=-1)
-CLIPPED = RangeSearch(objective="OutputsError", granularity="Group", degree=2, num_grids=80, max_shrink=0.2, max_expand=1)
+CLIPPED = RangeSearch(objective="OutputsError", degree=2, num_grids=80, max_shrink=0.2, max_expand=1)
 NONE = dict.fromkeys(("weights", "inputs", "cache", "range_search", "gptq", "rotation", "reorder", "smooth_xw", "smooth_yx"))
 
 
@@ -60,14 +60,14 @@ EXPECTED = {
     "awq": (512, {
         "weights": WeightSetting(bits=4, symmetric=False, **GROUPS), "smooth_xw": _searched(0.5, 0),
         "range_search": RangeSearch(
-            objective="ProductsError", granularity="Group", degree=2, num_grids=20, max_shrink=0.8, max_expand=1,
+            objective="ProductsError", degree=2, num_grids=20, max_shrink=0.8, max_expand=1,
             skips=("proj_qkv",),
         ),
     }),
     "gptq": (2048, {
         "weights": WeightSetting(bits=4, symmetric=False, **GROUPS), "gptq": GptqKernel(damping=0.01),
         "range_search": RangeSearch(
-            objective="TensorError", granularity="Group", degree=2.4, num_grids=100, max_shrink=0.2, max_expand=1
+            objective="TensorError", degree=2.4, num_grids=100, max_shrink=0.2, max_expand=1
         ),
     }),
     "w4a8kv4_sym": (1024, {
