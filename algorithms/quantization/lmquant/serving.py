@@ -52,7 +52,7 @@ def notes_for(settings: Settings, exports: Sequence[str]) -> tuple[str, ...]:
     """Sentences for the log and the model card."""
     rounded = []
     if settings.inputs is not None:
-        rounded.append(f"the inputs of linears in {settings.inputs.bits} bits, a scale for each token")
+        rounded.append(f"the inputs of linears in {settings.inputs.bits} bits (a scale for each token)")
     if settings.cache is not None:
         rounded.append(_held(settings.cache))
     if not rounded:
@@ -88,5 +88,5 @@ def _held(cache: CacheSetting) -> str:
     *others, last = (name for name, skipped in skips.items() if not skipped)
     names = f"{', '.join(others)} and {last}" if others else last
     if cache.static:
-        return f"{names} in {cache.bits} bits, one scale for all tokens"
-    return f"{names} in {cache.bits} bits, a scale for each token{' and head' if cache.group_size != -1 else ''}"
+        return f"{names} in {cache.bits} bits (one scale for all tokens)"
+    return f"{names} in {cache.bits} bits (a scale for each token{' and head' if cache.group_size != -1 else ''})"
