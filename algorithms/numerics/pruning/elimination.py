@@ -2,8 +2,8 @@
 
 The structured form of optimal brain surgery (ZipLM, arXiv 2302.04089). With C the covariance of the inputs and P = C^-1,
 taking channels S out of W costs tr(W_S (P_SS)^-1 W_S^T) in the squared error of the outputs if the others take their best
-values, which are W - W_S (P_SS)^-1 P_S; P then loses P_.S (P_SS)^-1 P_S. Legend: O out_features, I in_features, U units of I / U
-neighbours.
+values, which are W - W_S (P_SS)^-1 P_S; P then loses P_.S (P_SS)^-1 P_S. Legend: O out_features, I in_features, U units, each
+of I / U neighbours.
 """
 
 from __future__ import annotations

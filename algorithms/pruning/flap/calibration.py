@@ -125,9 +125,7 @@ class FlapCompressor:
     def finish_block(self, index: int, block: nn.Module, data: BlockData | None) -> dict[str, object]:
         """The block's report."""
         linears = {name: block.get_submodule(name) for name in self._architecture.linears}
-        added = [
-            linear.bias.numel() for name, linear in linears.items() if linear.bias is not None and name not in self._had_bias
-        ]
+        new = [linear for name, linear in linears.items() if name not in self._had_bias and linear.bias is not None]
         return {
             "index": index,
             **self._report,

@@ -69,7 +69,7 @@ class BlockRanking:
         return len(self.kept.groups) == self.groups and len(self.kept.neurons) == self.neurons
 
 
-def rank(context: StageContext, _artifact: Artifact, config: FlapConfig, biased: frozenset[str]) -> Artifact:
+def rank(context: StageContext, config: FlapConfig, biased: frozenset[str]) -> Artifact:
     """Score and choose; leaves kept.json, which says what stays of every block and why, and the means of all channels.
 
     Args:
