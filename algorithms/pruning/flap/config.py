@@ -13,6 +13,7 @@ from configs.values import (
     Choice,
     Count,
     Flag,
+    Nullable,
     NumberOrZero,
     Only,
     OptionalCount,
@@ -21,6 +22,7 @@ from configs.values import (
     Real,
     Whole,
     expected,
+    flag,
     inside,
 )
 
@@ -77,7 +79,7 @@ class FlapConfig(BlockwiseParameters):
     # what makes up for it
     compensation: Annotated[str, BeforeValidator(Choice(("least_squares", "bias", "none")))] = "least_squares"
     ridge: Positive = 0.01
-    to_finetune: Flag = False
+    to_finetune: Annotated[bool | None, BeforeValidator(Nullable(flag))] = None
 
     # null, or what the model has
     gqa_groups: OptionalCount = None
@@ -139,8 +141,8 @@ class FlapConfig(BlockwiseParameters):
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
         """The lines of the keys without effect, and of a default that is not nyuntam's."""
         lines, given = list(super().warnings(prefix)), self.model_fields_set
-        if "to_finetune" not in given:
-            lines.append(f"{prefix}to_finetune is not set: false is taken, where nyuntam takes true")
+        if self.to_finetune is None:
+            lines.append(f"{prefix}to_finetune is missing, which means false here and true in nyuntam")
         if self.remove_heads >= 0 and not self.tells_heads:
             lines.append(f"{prefix}remove_heads has no effect: it counts with the structures {' and '.join(MATCHED)}")
         if "ridge" in given and self.compensation != "least_squares":

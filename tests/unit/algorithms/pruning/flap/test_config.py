@@ -27,7 +27,7 @@ def _config(**keys):
 def test_the_keys_and_their_defaults():
     values = FlapConfig().model_dump(by_alias=True)
     own = {"metrics": "WIFV", "structure": "AL-AM", "pruning_ratio": 0.2, "remove_heads": -1, "start_pruning_layer_idx": 0}
-    own |= {"compensation": "least_squares", "ridge": 0.01, "to_finetune": False, "legacy_layer_offset": False}
+    own |= {"compensation": "least_squares", "ridge": 0.01, "to_finetune": None, "legacy_layer_offset": False}
     own |= {"gqa_groups": None, "head_dim": None, "hidden_dim": None, "eval": False, "save_model": None}
     shared = {"nsamples": 1024, "model_seqlen": 128, "seed": 0, "val_size": None, "targets": "original", "dtype": "auto"}
     shared |= {"reference_samples": None, "true_sequential": False, "block_tuning": None, "offload_activations": True}
@@ -56,7 +56,6 @@ def test_a_recipe_of_nyuntam_holds_without_a_warning():
         ("ridge", 0, "above 0"),
         ("gqa_groups", 0, "at least 1"),
         ("to_finetune", 1, "true or false"),
-        ("to_finetune", None, "true or false"),
         ("legacy_layer_offset", True, "ranked and pruned"),
         ("block_tuning", {}, "null"),
         ("overwrite", ["calibration"], "ranking, pruning, recovery, conversion"),
@@ -97,7 +96,7 @@ def test_the_loader_names_the_line_of_the_second_spelling(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({}, "to_finetune is not set: false is taken, where nyuntam takes true"),
+        ({}, "to_finetune is missing, which means false"),
         ({"to_finetune": True, "remove_heads": 8}, "remove_heads has no effect"),
         ({"to_finetune": False, "remove_heads": 0, "structure": "UL-UM"}, "remove_heads has no effect"),
         ({"to_finetune": False, "compensation": "bias", "ridge": 0.1}, "ridge has no effect"),
