@@ -64,16 +64,18 @@ def model_card(
         tags: words for the header.
         notes: what a user of the first format has to know, one sentence each.
     """
-    name = Path(summary.model).name if Path(summary.model).is_absolute() else summary.model
+    model = summary.model if summary.lineage is None else summary.lineage.model
+    methods = (*(() if summary.lineage is None else summary.lineage.methods), summary.method)
+    name = Path(model).name if Path(model).is_absolute() else model
     header = {
-        **({"base_model": name} if name == summary.model else {}),  # a path is no model that the hub could link to
+        **({"base_model": name} if name == model else {}),  # a path is no model that the hub could link to
         "library_name": formats[0] if formats and formats[0] in _COMMANDS else "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(tags),
     }
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
-        f"# {name}, compressed with {summary.method}",
+        f"# {name}, compressed with {', then '.join(methods)}",
         _facts(summary),
         _figures(summary),
         _certificates(summary),
@@ -98,7 +100,7 @@ def loading_notes(config: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _facts(summary: Summary) -> str:
-    keep = ("bits per compressed weight", "bits per parameter of the model", "weights on disk")
+    keep = ("made from", "bits per compressed weight", "bits per parameter of the model", "weights on disk")
     facts = [(label, value) for label, value in summary.facts() if label.partition(",")[0] in keep]
     return _table(("", ""), [*facts, *((f"text for {stage}", data) for stage, data in summary.data.items())])
 
@@ -130,7 +132,8 @@ def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -
         lines += ["```bash", install, "```", ""]
     lines += [f"{note}\n" for note in (*notes, *filter(None, [_NOTES.get(formats[0])]))]
     if formats[0] in _COMMANDS:
-        command = _COMMANDS[formats[0]].replace("MODEL", shlex.quote(summary.model))
+        model = summary.model if summary.lineage is None else summary.lineage.folder
+        command = _COMMANDS[formats[0]].replace("MODEL", shlex.quote(model))
         return "\n".join([*lines, "```bash", command, "```"])
     lines += [
         "```python",

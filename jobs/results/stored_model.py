@@ -11,9 +11,10 @@ from torch import nn
 from algorithms.base import Artifact
 from algorithms.modeling.files import folder_digest
 from configs.errors import DataError
+from configs.names import EXPORTS
 from jobs.execution.preparation import Materials
 from jobs.manifest import StageRecord, Status, read_manifest
-from jobs.results.publishing import CONFIG, EXPORTS
+from jobs.results.publishing import CONFIG
 from jobs.workspace import MANIFEST
 
 OUR_LAYOUTS = "bitpress-"  # how quant_method begins where transformers would start from random weights

@@ -7,7 +7,7 @@ import yaml
 from rich.console import Console
 
 from jobs.evaluation import CorpusFigures
-from jobs.manifest import StageRecord, Status
+from jobs.manifest import Lineage, StageRecord, Status
 from jobs.reporting.certificate import FormatCertificate, Verdict
 from jobs.reporting.model_card import loading_notes, model_card
 from jobs.reporting.summary import BitAccount, Summary, as_tables, as_text, size
@@ -100,6 +100,22 @@ def test_what_a_reader_must_know_depends_on_the_format():
     assert "float32" in notes(nbits_per_codebook=8)
     assert "NUMBA" not in notes(nbits_per_codebook=6)
     assert loading_notes({}) == ()
+
+
+def test_a_model_that_jobs_have_made_shows_the_way_to_it():
+    made = Lineage(model="org/base", methods=("FlapPruner", "SpQR"), folder="/a folder")
+    with_way = dataclasses.replace(summary(), model="job://first", lineage=made)
+    assert dict(with_way.facts())["made from"] == (
+        "org/base by FlapPruner, then SpQR; sizes and figures before are job://first's"
+    )
+    assert "made from" not in dict(summary().facts())
+    text = model_card(with_way, formats=("tensorrt-llm",), recipe="", tags=(), notes=())
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/base"
+    assert "# org/base, compressed with FlapPruner, then SpQR, then AQLM" in text
+    assert "--tokenizer_dir '/a folder' " in text
+    local = dataclasses.replace(with_way, lineage=dataclasses.replace(made, model="/models/base"))
+    header = yaml.safe_load(model_card(local, formats=("dense",), recipe="", tags=(), notes=()).split("---\n")[1])
+    assert "base_model" not in header
 
 
 @pytest.mark.parametrize(
