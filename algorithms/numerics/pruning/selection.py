@@ -30,12 +30,12 @@ class BlockScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """``ratio`` is the share of parameters that goes; ``removed_groups`` counts those of all blocks, None leaves it open."""
+    """``ratio`` is the share of parameters that goes; ``removed_groups`` are those of all blocks for MM structures."""
 
     ratio: float
     group_cost: int
     neuron_cost: int
-    removed_groups: int | None = None
+    removed_groups: int = 0
 
     def left(self, blocks: Sequence[BlockScores]) -> int:
         """Parameters that stay in these blocks together."""
@@ -71,10 +71,7 @@ def select(structure: str, blocks: Sequence[BlockScores], budget: Budget) -> lis
 
 def _uniform(block: BlockScores, budget: Budget, count: int, *, proportional: bool) -> Selection:
     groups, neurons = block.groups.numel(), block.neurons.numel()
-    if proportional or budget.removed_groups is None:
-        removed = int(budget.ratio * groups + 0.5)
-    else:
-        removed = round(budget.removed_groups / count)
+    removed = int(budget.ratio * groups + 0.5) if proportional else round(budget.removed_groups / count)
     kept = max(1, groups - removed)
     left = budget.left([block])
     # Where too few groups go, neurons alone cannot make up for it.
@@ -86,7 +83,7 @@ def _uniform(block: BlockScores, budget: Budget, count: int, *, proportional: bo
 
 def _separate(blocks: Sequence[BlockScores], budget: Budget) -> list[Selection]:
     total = sum(block.groups.numel() for block in blocks)
-    removed = round(budget.ratio * total) if budget.removed_groups is None else min(budget.removed_groups, total)
+    removed = budget.removed_groups
     left, least = budget.left(blocks), len(blocks) * budget.neuron_cost
     while removed < total - len(blocks) and (total - removed) * budget.group_cost + least > left:
         removed += 1

@@ -55,23 +55,22 @@ class FlapPruner(CompressionAlgorithm):
         size = widths(source.block_skeleton(), source.architecture)
         hidden = source.config.hidden_size
         for name, value in (("gqa_groups", size.heads_a_group), ("head_dim", size.head_dim), ("hidden_dim", hidden)):
-            given = getattr(config, name)
+            given = vars(config)[name]
             if given is not None and given != value:
                 raise ValueError(f"{key}.{name}: the model has {value}, not {given}; leave the key out.")
+        ranking.budget(source, config)
 
     def stages(self) -> Sequence[StageSpec]:
         """In their order."""
         config = self._config
-        request = TokenRequest(
-            num_samples=config.num_samples, sequence_length=config.sequence_length, seed=config.seed
-        )
+        request = TokenRequest(num_samples=config.num_samples, sequence_length=config.sequence_length, seed=config.seed)
         return (
             StageSpec(
                 name="ranking",
                 run=self._rank,
                 directory="ranking",
                 kind=ranking.KIND,
-                settings={**config.ranking_settings, "biased": self._places_for_biases},
+                settings={**config.ranking_shaping, "biased": self._places_for_biases},
                 tokens=request,
                 distributed=True,
                 reuse_on_new_data=True,
@@ -81,7 +80,7 @@ class FlapPruner(CompressionAlgorithm):
                 run=self._prune,
                 directory="pruning",
                 kind=calibration.KIND,
-                settings={**config.pruning_settings, "biased": self._places_for_biases},
+                settings={**config.pruning_shaping, "biased": self._places_for_biases},
                 tokens=request if config.compensation == calibration.LEAST_SQUARES else None,
                 distributed=True,
                 reuse_on_new_data=True,

@@ -27,13 +27,14 @@ from configs.values import (
 )
 
 STAGES = ("ranking", "pruning", "recovery", "conversion")
-METRICS = Choice(("IFV", "WIFV", "WIFN"))
+METRICS = Choice(("OBS", "IFV", "WIFV", "WIFN"))
 NO_METRIC = "N/A"
 MATCHED = ("UL-MM", "AL-MM")  # structures that are told how many heads to remove, and match neurons to that
 # What each stage's result depends on, apart from the text; keys that a subclass or a later base adds shape neither.
 _RANKING = ("metrics", "structure", "pruning_ratio", "remove_heads", "start_pruning_layer_idx", "dtype", "attn_implementation")
-_PRUNING = ("compensation", "ridge", "targets", "reference_samples", "true_sequential", "dtype", "attn_implementation")
+_PRUNING = ("compensation", "ridge", "reference_samples", "dtype", "attn_implementation")
 _BOTH_SPELLINGS = "model_seqlen alone: seqlen is another spelling of it"
+_ORIGINAL = "original: what is left of a block makes up for all that went before it, which takes the original's outputs"
 _NO_TUNING = "null: pruned blocks are compensated for in closed form; to_finetune tunes the whole model afterwards"
 _NO_OFFSET = (
     "false: nyuntam prunes as many blocks, but from the first one on, and ranks those by the statistics of others; here the "
@@ -70,7 +71,7 @@ class FlapConfig(BlockwiseParameters):
     sequence_length: Annotated[int, BeforeValidator(Whole(2))] = Field(default=128, alias="model_seqlen")
 
     # what goes
-    metrics: Annotated[str, BeforeValidator(_metrics)] = "WIFV"
+    metrics: Annotated[str, BeforeValidator(_metrics)] = "OBS"
     structure: Annotated[str, BeforeValidator(Choice(("UL-UM", "UL-MM", "AL-MM", "AL-AM")))] = "AL-AM"
     pruning_ratio: Annotated[float, BeforeValidator(Real(least=0.0, below=1.0))] = 0.2
     remove_heads: Annotated[int, BeforeValidator(Whole(-1))] = -1  # query heads of all pruned blocks together; -1: none given
@@ -91,6 +92,7 @@ class FlapConfig(BlockwiseParameters):
     save_model: object = None
 
     # refused unless they ask for nothing
+    targets: Annotated[str, BeforeValidator(Only("original", _ORIGINAL))] = "original"
     block_tuning: Annotated[None, BeforeValidator(Only(None, _NO_TUNING))] = None
     legacy_layer_offset: Annotated[bool, BeforeValidator(Only(False, _NO_OFFSET))] = False
 
@@ -113,12 +115,7 @@ class FlapConfig(BlockwiseParameters):
     @property
     def _idle(self) -> frozenset[str]:
         """Keys of the compensation that change nothing beside the others."""
-        idle = {"true_sequential" if self.targets == "original" else "reference_samples"}  # implied; none is followed
-        if self.compensation != "least_squares":
-            idle.add("ridge")
-        if self.compensation == "none":
-            idle |= {"targets", "reference_samples", "true_sequential"}
-        return frozenset(idle)
+        return frozenset() if self.compensation == "least_squares" else frozenset({"ridge", "reference_samples"})
 
     @property
     def ranking_shaping(self) -> Mapping[str, object]:
@@ -147,8 +144,6 @@ class FlapConfig(BlockwiseParameters):
             lines.append(f"{prefix}remove_heads has no effect: it counts with the structures {' and '.join(MATCHED)}")
         if "ridge" in given and self.compensation != "least_squares":
             lines.append(f"{prefix}ridge has no effect: compensation: {self.compensation} solves for nothing")
-        if "targets" in given and self.compensation == "none":
-            lines.append(f"{prefix}targets has no effect: compensation: none reproduces nothing")
         return tuple(lines)
 
     def groups_to_remove(self, *, blocks: int, groups: int, heads_a_group: int) -> int:

@@ -181,7 +181,7 @@ def block_scores(
     """Scores of the groups of heads and of the neurons of a block.
 
     OBS gives both what they cost when they are taken out, and compares it a parameter. FLAP's own scores of attention are
-    squared before use; within a block a group has the sum over its channels, among blocks the mean of its standardised channels.
+    squared before use; within a block a group has the sum over its channels, among blocks the mean of its standardised ones.
 
     Args:
         block: the block.
@@ -217,19 +217,23 @@ def block_scores(
 
 
 def budget(source: ModelSource, config: FlapConfig) -> Budget:
-    """What the recipe's ratio comes to for a model."""
+    """What the recipe's ratio comes to for a model.
+
+    Raises:
+        ValueError: more heads are to go than there are.
+    """
     architecture, block = source.architecture, source.block_skeleton()
     size = widths(block, architecture)
     shapes = {name: block.get_submodule(name).weight.shape for name in architecture.linears}
     behind = (attention_output(architecture), neuron_output(architecture))
     inside = [name for name in architecture.linears if name in (*architecture.qkv, behind[0])]
     pruned_blocks = source.num_blocks - config.start_pruning_layer_idx
-    heads = config.remove_heads
+    removed = config.groups_to_remove(blocks=pruned_blocks, groups=size.groups, heads_a_group=size.heads_a_group)
     return Budget(
         ratio=config.pruning_ratio,
         group_cost=sum(shapes[name].numel() for name in inside) // size.groups,
         neuron_cost=sum(shape.numel() for name, shape in shapes.items() if name not in inside) // size.neurons,
-        removed_groups=None if heads < 0 else min(round(heads / size.heads_a_group), pruned_blocks * (size.groups - 1)),
+        removed_groups=removed,
     )
 
 
