@@ -1,5 +1,6 @@
 """Recovery of pruned models: what they learn, that it resumes with the same bits, and that ranks agree."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,20 +146,40 @@ def _on_a_rank(ranks, base, folder, killed, changes):
     return history, tensors(model, source)
 
 
+def _shared(source, folder, changes, killed=None):
+    return run_on_ranks(_on_a_rank, 2, str(source.directory), str(folder), killed, {"save_every_steps": 1, **changes})
+
+
 @pytest.mark.parametrize("changes", [{**FULL, "max_grad_norm": 0.1}, {**LORA, "micro_batch_size": 1}])
-def test_ranks_learn_what_one_process_learns_and_go_on_alone(tmp_path, changes):
-    changes = {**changes, "save_every_steps": 1}
+def test_ranks_learn_what_one_process_learns(tmp_path, changes):
     source = original(tmp_path)
     alone, expected = recovered(source, tmp_path / "alone", **changes)
-    arguments = (str(source.directory), str(tmp_path / "shared"))
-    results = run_on_ranks(_on_a_rank, 2, *arguments, None, changes)
+    results = _shared(source, tmp_path / "shared", changes)
     for history, found in results:
         assert history.losses == pytest.approx(expected.losses, rel=1e-3)
         _assert_same(found, results[0][1])
         for name, tensor in tensors(alone, source).items():
             torch.testing.assert_close(found[name], tensor, atol=2e-3, rtol=1e-2)
-    killed = (str(source.directory), str(tmp_path / "killed"))
-    assert run_on_ranks(_on_a_rank, 2, *killed, 4, changes) == [None, None]
-    _, history = recovered(source, tmp_path / "killed", **changes)
-    assert history.losses[:3] == results[0][0].losses[:3]
-    assert history.losses == pytest.approx(expected.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [FULL, LORA])
+def test_any_number_of_ranks_goes_on(tmp_path, changes):
+    source = original(tmp_path)
+    (history, whole), _ = _shared(source, tmp_path / "whole", changes)
+    assert _shared(source, tmp_path / "killed", changes, killed=4) == [None, None]
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    (resumed, found), _ = _shared(source, tmp_path / "killed", changes)
+    assert resumed == history
+    _assert_same(found, whole)
+    _, alone = recovered(source, tmp_path / "alone", **changes)
+    assert alone.losses[:3] == history.losses[:3]
+    assert alone.losses == pytest.approx(history.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_ranks_put_the_best_state_back(tmp_path, method):
+    source = original(tmp_path)
+    start = tensors(pruned(source), source)
+    for history, found in _shared(source, tmp_path / "shared", {"method": method, "lr": 1.0}):
+        assert history.best_step == 0
+        _assert_same(found, start)
