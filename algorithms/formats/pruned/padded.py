@@ -1,6 +1,7 @@
 """A pruned model for stock loaders: every block grown by zeros to the largest widths of any.
 
-A model whose blocks are all equally wide is not padded at all.
+A model whose blocks are all equally wide is not padded, but for what makes the number of neurons a multiple of a given number:
+that of the columns that later share a scale, or of what a kernel takes at once.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from algorithms.formats.pruned.structure import linear_shapes, padded, structure
 from algorithms.modeling.source import ModelSource
 
 
-def write_padded(calibrated: Calibrated, directory: Path) -> None:
-    """A Hugging Face folder that loads without code of its own.
+def write_padded(calibrated: Calibrated, directory: Path, *, multiple: int = 1) -> None:
+    """A Hugging Face folder that loads without code of its own; its number of neurons is a multiple of ``multiple``.
 
     Raises:
         ModelError: biases that no stock configuration of the model's kind has; see :func:`bias_refusal`.
     """
-    source, structure = calibrated.source, structure_of(calibrated)
+    source, structure = calibrated.source, structure_of(calibrated, multiple=multiple)
     settings, biases = stock_config(source, structure)
     shapes = linear_shapes(source.architecture, source.config.hidden_size, structure.largest)
 

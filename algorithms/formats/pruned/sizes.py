@@ -25,14 +25,16 @@ class StoredSize:
     cache_bytes: int
 
 
-def sizes(calibrated: Calibrated) -> Mapping[str, StoredSize]:
+def sizes(calibrated: Calibrated, *, multiple: int = 1) -> Mapping[str, StoredSize]:
     """Of the ``original``, and of the pruned model as it is (``ragged``) and ``padded``, where it can be.
+
+    ``multiple`` is what padding rounds the number of neurons up to; see :func:`algorithms.formats.pruned.padded.write_padded`.
 
     Raises:
         ModelError: a block whose linears do not fit together.
         ValueError: a block is missing.
     """
-    source, structure = calibrated.source, structure_of(calibrated)
+    source, structure = calibrated.source, structure_of(calibrated, multiple=multiple)
     count, hidden = len(structure.blocks), source.config.hidden_size
     linears = set(source.architecture.linears)
     template = {name: parameter.numel() for name, parameter in source.block_skeleton().named_parameters()}

@@ -22,19 +22,25 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """The original's widths, those of every block, and the linears, relative to a block, that have a bias in any block."""
+    """The original's widths, those of every block, and the linears, relative to a block, that have a bias in any block.
+
+    ``multiple`` is that of neurons in a block that all fit into, unless it were then wider than the original.
+    """
 
     original: Widths
     blocks: tuple[Widths, ...]
     biases: frozenset[str]
+    multiple: int = 1
 
     @property
     def largest(self) -> Widths:
-        """The most groups of heads and the most neurons of any block."""
+        """The most groups of heads and the most neurons of any block, these rounded up to the multiple."""
+        most = max(block.neurons for block in self.blocks)
+        rounded = -(-most // self.multiple) * self.multiple
         return replace(
             self.original,
             groups=max(block.groups for block in self.blocks),
-            neurons=max(block.neurons for block in self.blocks),
+            neurons=max(most, min(rounded, self.original.neurons)),
         )
 
     @property
@@ -43,8 +49,8 @@ class Structure:
         return len(set(self.blocks)) == 1
 
 
-def structure_of(calibrated: Calibrated) -> Structure:
-    """Of a pruned calibration, from the heads of its files.
+def structure_of(calibrated: Calibrated, *, multiple: int = 1) -> Structure:
+    """Of a pruned calibration, from the heads of its files; ``multiple`` as in :class:`Structure`.
 
     Raises:
         ModelError: a block whose linears do not fit together.
@@ -66,7 +72,7 @@ def structure_of(calibrated: Calibrated) -> Structure:
             raise ModelError(f"block {index} of {calibrated.directory}: {', '.join(wrong)} do not fit its other linears")
         blocks.append(size)
         biases |= {name for name in architecture.linears if f"{name}.bias" in shapes}
-    return Structure(original=original, blocks=tuple(blocks), biases=frozenset(biases))
+    return Structure(original=original, blocks=tuple(blocks), biases=frozenset(biases), multiple=multiple)
 
 
 def linear_shapes(architecture: ModelArchitecture, hidden_size: int, size: Widths) -> dict[str, tuple[int, int]]:

@@ -25,10 +25,7 @@ def removal_losses(matrix: Tensor, covariance: Tensor, *, width: int, ridge: flo
         width: channels of a unit.
         ridge: share of the mean diagonal that C gets before it is inverted.
     """
-    weight = matrix.double().clone()
-    damped = covariance.double().clone()
-    damped.diagonal().add_(ridge * damped.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
-    precision = torch.linalg.inv(damped)
+    weight, precision = matrix.detach().double().clone(), _precision(covariance, ridge)
     count = weight.shape[1] // width
     losses = torch.zeros(count, dtype=torch.float64, device=weight.device)
     alive = torch.ones(count, dtype=torch.bool, device=weight.device)
@@ -41,6 +38,19 @@ def removal_losses(matrix: Tensor, covariance: Tensor, *, width: int, ridge: flo
         alive[chosen] = False
         _take_out(weight, precision, chosen, width)
     return losses
+
+
+def _precision(covariance: Tensor, ridge: float) -> Tensor:
+    """(C + ridge)^-1 [I, I]. The ridge grows where rounding has left C indefinite: means far larger than deviations do that."""
+    mean = covariance.diagonal().double().abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    assert mean.isfinite(), "statistics leave out what is not finite"
+    while True:
+        damped = covariance.double().clone()
+        damped.diagonal().add_(ridge * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return torch.cholesky_inverse(factor)
+        ridge *= 10
 
 
 def _costs(weight: Tensor, precision: Tensor, width: int) -> Tensor:
@@ -59,8 +69,8 @@ def _take_out(weight: Tensor, precision: Tensor, units: Tensor, width: int) -> N
     """Let the other channels make up for some units, in place; what is gone has a weight of zero and a precision of one."""
     gone = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
     shares = torch.linalg.solve(precision[gone][:, gone], precision[gone])
-    weight -= weight[:, gone] @ shares
-    precision -= precision[:, gone] @ shares
+    weight.addmm_(weight[:, gone], shares, alpha=-1)
+    precision.addmm_(precision[:, gone], shares, alpha=-1)
     weight[:, gone] = 0.0
     precision[gone] = 0.0
     precision[:, gone] = 0.0

@@ -16,6 +16,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
+Pair = tuple[int, int]
+Item = tuple[float, int, int, int]  # negative score, kind (0 a group, 1 a neuron), block, place
+Places = tuple[set[int], set[int]]  # the groups and the neurons of a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,48 +69,62 @@ def select(structure: str, blocks: Sequence[BlockScores], budget: Budget) -> lis
         return _adaptive(blocks, budget)
     if structure == "AL-MM":
         return _separate(blocks, budget)
-    return [_uniform(block, budget, len(blocks), proportional=structure == "UL-UM") for block in blocks]
+    return _uniform(blocks, budget, proportional=structure == "UL-UM")
 
 
-def _uniform(block: BlockScores, budget: Budget, count: int, *, proportional: bool) -> Selection:
-    groups, neurons = block.groups.numel(), block.neurons.numel()
-    removed = int(budget.ratio * groups + 0.5) if proportional else round(budget.removed_groups / count)
-    kept = max(1, groups - removed)
-    left = budget.left([block])
-    # Where too few groups go, neurons alone cannot make up for it.
-    while kept > 1 and budget.cost(kept, 1) > left:
-        kept -= 1
-    wanted = round((left - kept * budget.group_cost) / budget.neuron_cost)
-    return Selection(groups=_best(block.groups, kept), neurons=_best(block.neurons, min(neurons, max(1, wanted))))
+def _uniform(blocks: Sequence[BlockScores], budget: Budget, *, proportional: bool) -> list[Selection]:
+    groups, neurons = blocks[0].groups.numel(), blocks[0].neurons.numel()
+    removed = int(budget.ratio * groups + 0.5) if proportional else round(budget.removed_groups / len(blocks))
+    kept, wanted = _balanced(max(1, groups - removed), (1, groups), (1, neurons), budget.left(blocks[:1]), budget)
+    return [Selection(groups=_best(block.groups, kept), neurons=_best(block.neurons, wanted)) for block in blocks]
 
 
 def _separate(blocks: Sequence[BlockScores], budget: Budget) -> list[Selection]:
-    total = sum(block.groups.numel() for block in blocks)
-    removed = budget.removed_groups
-    left, least = budget.left(blocks), len(blocks) * budget.neuron_cost
-    while removed < total - len(blocks) and (total - removed) * budget.group_cost + least > left:
-        removed += 1
-    groups = _best_of_all([block.common_groups for block in blocks], total - removed)
-    kept = sum(len(chosen) for chosen in groups)
+    least = len(blocks)
+    groups = sum(block.groups.numel() for block in blocks)
+    neurons = sum(block.neurons.numel() for block in blocks)
+    told = max(least, groups - budget.removed_groups)
+    kept, wanted = _balanced(told, (least, groups), (least, neurons), budget.left(blocks), budget)
+    chosen = _best_of_all([block.common_groups for block in blocks], kept)
+    others = _best_of_all([block.common_neurons for block in blocks], wanted)
+    return [Selection(groups=some, neurons=rest) for some, rest in zip(chosen, others, strict=True)]
+
+
+def _balanced(told: int, groups: Pair, neurons: Pair, left: int, budget: Budget) -> Pair:
+    """How many groups and neurons stay: the number of groups moves only where neurons alone cannot make up for the rest.
+
+    Args:
+        told: groups that are to stay.
+        groups: the least and the most that can.
+        neurons: the least and the most that can.
+        left: parameters that are to stay.
+        budget: what a group and a neuron cost.
+    """
+    kept = told
+    while kept > groups[0] and budget.cost(kept, neurons[0]) > left:
+        kept -= 1
+    while kept < groups[1] and budget.cost(kept, neurons[1]) < left - budget.neuron_cost / 2:
+        kept += 1
+    if kept != told:
+        logger.warning("%d groups of heads stay instead of %d: neurons alone cannot make up for the rest", kept, told)
     wanted = round((left - kept * budget.group_cost) / budget.neuron_cost)
-    neurons = _best_of_all([block.common_neurons for block in blocks], wanted)
-    return [Selection(groups=chosen, neurons=others) for chosen, others in zip(groups, neurons, strict=True)]
+    return kept, min(neurons[1], max(neurons[0], wanted))
 
 
 def _adaptive(blocks: Sequence[BlockScores], budget: Budget) -> list[Selection]:
     """Groups and neurons of all blocks in one order; the best stay as long as they fit, neurons fill what is left."""
     left = budget.left(blocks)
-    items = [
+    items: list[Item] = sorted(
         (-score, kind, index, place)
         for index, block in enumerate(blocks)
         for kind, scores in enumerate((block.common_groups, block.common_neurons))
         for place, score in enumerate(scores.tolist())
-    ]
+    )
     costs = (budget.group_cost, budget.neuron_cost)
-    kept: list[tuple[set[int], set[int]]] = [({int(block.groups.argmax())}, {int(block.neurons.argmax())}) for block in blocks]
+    kept: list[Places] = [({int(block.groups.argmax())}, {int(block.neurons.argmax())}) for block in blocks]
     spent = len(blocks) * sum(costs)
     is_full = [False, False]
-    for _, kind, index, place in sorted(items):
+    for _, kind, index, place in items:
         if place in kept[index][kind] or is_full[kind]:
             continue
         if spent + costs[kind] > left:
@@ -115,7 +132,30 @@ def _adaptive(blocks: Sequence[BlockScores], budget: Budget) -> list[Selection]:
             continue
         kept[index][kind].add(place)
         spent += costs[kind]
+    if left - spent >= budget.neuron_cost:
+        _trade(items, kept, left - spent, costs)
     return [Selection(groups=tuple(sorted(groups)), neurons=tuple(sorted(neurons))) for groups, neurons in kept]
+
+
+def _trade(items: Sequence[Item], kept: Sequence[Places], spare: int, costs: Pair) -> None:
+    """All neurons stay and the next group is too large for what is left: it stays, and the worst neurons pay for it.
+
+    Args:
+        items: the best first.
+        kept: what stays of every block, changed in place.
+        spare: parameters that are left.
+        costs: of a group and of a neuron.
+    """
+    group = next(((index, place) for _, kind, index, place in items if not kind and place not in kept[index][0]), None)
+    payable = sum(len(neurons) - 1 for _, neurons in kept)
+    number = -((spare - costs[0]) // costs[1])  # neurons, rounded up
+    if group is None or number > payable:
+        return
+    kept[group[0]][0].add(group[1])
+    for _, kind, index, place in reversed(items):
+        if number and kind and len(kept[index][1]) > 1:
+            kept[index][1].remove(place)
+            number -= 1
 
 
 def _best(scores: Tensor, count: int) -> tuple[int, ...]:

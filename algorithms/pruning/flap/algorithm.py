@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -58,11 +59,15 @@ class FlapPruner(CompressionAlgorithm):
             given = vars(config)[name]
             if given is not None and given != value:
                 raise ValueError(f"{key}.{name}: the model has {value}, not {given}; leave the key out.")
-        ranking.budget(source, config)
+        try:
+            ranking.budget(source, config)
+        except ValueError as error:
+            raise ValueError(f"{key}.{error}") from error
 
     def stages(self) -> Sequence[StageSpec]:
         """In their order."""
         config = self._config
+        refits = config.compensation == calibration.LEAST_SQUARES
         request = TokenRequest(num_samples=config.num_samples, sequence_length=config.sequence_length, seed=config.seed)
         return (
             StageSpec(
@@ -70,7 +75,7 @@ class FlapPruner(CompressionAlgorithm):
                 run=self._rank,
                 directory="ranking",
                 kind=ranking.KIND,
-                settings={**config.ranking_shaping, "biased": self._places_for_biases},
+                settings=self._ranking_settings,
                 tokens=request,
                 distributed=True,
                 reuse_on_new_data=True,
@@ -81,8 +86,8 @@ class FlapPruner(CompressionAlgorithm):
                 directory="pruning",
                 kind=calibration.KIND,
                 settings={**config.pruning_shaping, "biased": self._places_for_biases},
-                tokens=request if config.compensation == calibration.LEAST_SQUARES else None,
-                distributed=True,
+                tokens=request if refits else None,
+                distributed=refits,
                 reuse_on_new_data=True,
             ),
             StageSpec(
@@ -90,7 +95,7 @@ class FlapPruner(CompressionAlgorithm):
                 run=self._convert,
                 directory="converted",
                 kind=CONVERTED,
-                settings={"exports": list(self.exports)},
+                settings={"exports": list(self.exports), "pad_neurons_to": config.pad_neurons_to},
             ),
         )
 
@@ -115,6 +120,12 @@ class FlapPruner(CompressionAlgorithm):
         return facts(artifact.directory)["bits"]
 
     @property
+    def _ranking_settings(self) -> Mapping[str, object]:
+        """FLAP's own scores know nothing of biases."""
+        settings = dict(self._config.ranking_shaping)
+        return {**settings, "biased": self._places_for_biases} if self._config.metrics == ranking.OBS else settings
+
+    @property
     def _places_for_biases(self) -> str:
         """Which biases may be added: any where the shipped code has a place for them, else those of a stock configuration."""
         if self._config.compensation == "none":
@@ -137,10 +148,11 @@ class FlapPruner(CompressionAlgorithm):
     def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:
         atomic_write_json(context.output_dir / BITS, self.bits(artifact))
         atomic_write_json(context.output_dir / _FACTS, self._facts(artifact.directory))
-        writers = {PADDED: write_padded, RAGGED: write_ragged}
+        writers = {PADDED: partial(write_padded, multiple=self._config.pad_neurons_to), RAGGED: write_ragged}
         return convert(context, artifact, kind=CONVERTED, exports=self.exports, exporters=writers)
 
     def _facts(self, pruned: Path) -> Mapping[str, object]:
         """What was pruned, and what each form of it costs."""
-        stored = {name: asdict(size) for name, size in sizes(Calibrated(pruned)).items()}
+        found = sizes(Calibrated(pruned), multiple=self._config.pad_neurons_to)
+        stored = {name: asdict(size) for name, size in found.items()}
         return {**facts(pruned)["ranking"], "compensation": self._config.compensation, "sizes": stored}

@@ -82,6 +82,9 @@ class FlapConfig(BlockwiseParameters):
     ridge: Positive = 0.01
     to_finetune: Annotated[bool | None, BeforeValidator(Nullable(flag))] = None
 
+    # padded: the largest number of neurons is rounded up to a multiple of this, for quantization in groups; 1: it stays
+    pad_neurons_to: Count = 32
+
     # null, or what the model has
     gqa_groups: OptionalCount = None
     head_dim: OptionalCount = None
@@ -142,6 +145,8 @@ class FlapConfig(BlockwiseParameters):
             lines.append(f"{prefix}to_finetune is missing, which means false here and true in nyuntam")
         if self.remove_heads >= 0 and not self.tells_heads:
             lines.append(f"{prefix}remove_heads has no effect: it counts with the structures {' and '.join(MATCHED)}")
+        if self.validation_size:
+            lines.append(f"{prefix}val_size has no effect: nothing is chosen by how it does on text that was held out")
         if "ridge" in given and self.compensation != "least_squares":
             lines.append(f"{prefix}ridge has no effect: compensation: {self.compensation} solves for nothing")
         return tuple(lines)

@@ -5,6 +5,7 @@ Legend: I input channels of the linear behind attention or behind the neurons.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import Ranks
 from algorithms.pruning.flap.config import FlapConfig
 
+logger = logging.getLogger(__name__)
+
 KIND = "flap-ranking"
 _KEPT, _MEANS = "kept.json", "means.safetensors"
 _TOKENS_PER_BATCH = 4096
@@ -47,8 +50,8 @@ class Channels:
     def covariance(self, centred: bool) -> Tensor:
         """About the mean or, where no bias can stand for it, about zero, [I, I] float64."""
         assert self.hessian is not None
-        mean = self.moments.mean
-        return self.hessian.double() - torch.outer(mean, mean) if centred else self.hessian.double()
+        covariance, mean = self.hessian.double(), self.moments.mean
+        return covariance.addr_(mean, mean, alpha=-1) if centred else covariance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,9 @@ class BlockRanking:
 
 def rank(context: StageContext, config: FlapConfig, biased: frozenset[str]) -> Artifact:
     """Score and choose; leaves kept.json, which says what stays of every block and why, and the means of all channels.
+
+    All ranks look at their own sequences. Rank 0 alone scores and chooses, so that its choice is everyone's: later stages read
+    it from the folder.
 
     Args:
         context: of the stage.
@@ -96,14 +102,14 @@ def rank(context: StageContext, config: FlapConfig, biased: frozenset[str]) -> A
             block = source.load_block(index, device=context.device)
             found = look_at(block, index, states, architecture, ranks, with_hessians=config.metrics == OBS)
             means |= {f"{index}.{name}": channels.moments.mean.float().cpu() for name, channels in found.items()}
-            if index >= first:
+            if index >= first and ranks.is_main:
                 scores.append(block_scores(block, architecture, found, metric=config.metrics, costs=costs, centred=centred))
             sizes.append(widths(block, architecture))
             advance(f"block {index + 1}")
-    chosen = select(config.structure, scores, costs)
-    kept = [_all(size) for size in sizes[:first]] + [Kept(groups=one.groups, neurons=one.neurons) for one in chosen]
     digest = ""
     if ranks.is_main:
+        chosen = select(config.structure, scores, costs)
+        kept = [_all(size) for size in sizes[:first]] + [Kept(groups=one.groups, neurons=one.neurons) for one in chosen]
         atomic_save_tensors(directory / _MEANS, means)
         _write(directory, config, sizes, kept)
         digest = folder_digest(directory)
@@ -151,10 +157,15 @@ def look_at(
         for name, count in channels.items():
             own = Moments.none(count, states.device)
             statistics = InputStatistics(count, states.device) if with_hessians else None
+            passed = 0
             for batch in walk.next_stop():
+                passed += batch.shape[:-1].numel()
                 own = own.with_(Moments.of(batch))
                 if statistics is not None:
                     statistics.update(batch)
+            if own.count < passed:
+                left_out = passed - own.count
+                logger.warning("block %d: %d tokens with infinite or NaN inputs of %s left out", index, left_out, name)
             moments = together(ranks.exchange(own))
             if not moments.count:
                 raise ValueError(

@@ -26,9 +26,9 @@ def _config(**keys):
 
 def test_the_keys_and_their_defaults():
     values = FlapConfig().model_dump(by_alias=True)
-    own = {"metrics": "WIFV", "structure": "AL-AM", "pruning_ratio": 0.2, "remove_heads": -1, "start_pruning_layer_idx": 0}
+    own = {"metrics": "OBS", "structure": "AL-AM", "pruning_ratio": 0.2, "remove_heads": -1, "start_pruning_layer_idx": 0}
     own |= {"compensation": "least_squares", "ridge": 0.01, "to_finetune": None, "legacy_layer_offset": False}
-    own |= {"gqa_groups": None, "head_dim": None, "hidden_dim": None, "eval": False, "save_model": None}
+    own |= {"gqa_groups": None, "head_dim": None, "hidden_dim": None, "eval": False, "save_model": None, "pad_neurons_to": 32}
     shared = {"nsamples": 1024, "model_seqlen": 128, "seed": 0, "val_size": None, "targets": "original", "dtype": "auto"}
     shared |= {"reference_samples": None, "true_sequential": False, "block_tuning": None, "offload_activations": True}
     shared |= {"attn_implementation": None, "overwrite": False, "save_intermediate_results": False}
@@ -44,8 +44,8 @@ def test_a_recipe_of_nyuntam_holds_without_a_warning():
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("metrics", "N/A", "IFV, WIFV, WIFN (N/A ranks nothing)"),
-        ("metrics", "wifv", "one of IFV, WIFV, WIFN"),
+        ("metrics", "N/A", "OBS, IFV, WIFV, WIFN (N/A ranks nothing)"),
+        ("metrics", "wifv", "one of OBS, IFV, WIFV, WIFN"),
         ("structure", "AM-AL", "UL-UM, UL-MM, AL-MM, AL-AM"),
         ("pruning_ratio", 1.0, "below 1"),
         ("pruning_ratio", -0.1, "at least 0"),
@@ -57,6 +57,8 @@ def test_a_recipe_of_nyuntam_holds_without_a_warning():
         ("gqa_groups", 0, "at least 1"),
         ("to_finetune", 1, "true or false"),
         ("legacy_layer_offset", True, "ranked and pruned"),
+        ("targets", "compressed_prefix", "takes the original's outputs"),
+        ("pad_neurons_to", 0, "at least 1"),
         ("block_tuning", {}, "null"),
         ("overwrite", ["calibration"], "ranking, pruning, recovery, conversion"),
         ("model_seqlen", 1, "at least 2"),
@@ -100,7 +102,7 @@ def test_the_loader_names_the_line_of_the_second_spelling(tmp_path):
         ({"to_finetune": True, "remove_heads": 8}, "remove_heads has no effect"),
         ({"to_finetune": False, "remove_heads": 0, "structure": "UL-UM"}, "remove_heads has no effect"),
         ({"to_finetune": False, "compensation": "bias", "ridge": 0.1}, "ridge has no effect"),
-        ({"to_finetune": False, "compensation": "none", "targets": "original"}, "targets has no effect"),
+        ({"to_finetune": False, "val_size": 2}, "val_size has no effect"),
         ({"to_finetune": False, "save_model": True}, "save_model has no effect"),
         ({"to_finetune": False, "eval": True}, "eval has no effect"),
     ],
@@ -149,12 +151,9 @@ NOTHING = {"ranking": False, "pruning": False}
         ({}, {"compensation": "bias"}, PRUNING),
         ({}, {"ridge": 0.1}, PRUNING),
         ({"compensation": "bias"}, {"ridge": 0.1}, NOTHING),
-        ({}, {"targets": "compressed_prefix"}, PRUNING),
-        ({"compensation": "none"}, {"targets": "compressed_prefix"}, NOTHING),
         ({}, {"reference_samples": 5}, PRUNING),
-        ({"targets": "compressed_prefix"}, {"reference_samples": 5}, NOTHING),
-        ({}, {"true_sequential": True}, NOTHING),
-        ({"targets": "compressed_prefix"}, {"true_sequential": True}, PRUNING),
+        ({"compensation": "none"}, {"reference_samples": 5}, NOTHING),
+        ({}, {"true_sequential": True, "pad_neurons_to": 1}, NOTHING),
         ({}, {"to_finetune": True, "gqa_groups": 2, "save_model": "x", "eval": True, "offload_activations": False}, NOTHING),
         ({}, {"nsamples": 8, "seed": 3, "seqlen": 64, "overwrite": True, "save_intermediate_results": True}, NOTHING),
     ],
