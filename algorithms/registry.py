@@ -46,6 +46,13 @@ REGISTRY = (
         summary="QoQ: 4-bit weights, 8-bit activations, 4-bit KV cache, for QServe and vLLM; SmoothQuant among its presets",
     ),
     Row(
+        name="FlapPruner",
+        aliases=("FLAP", "flap"),
+        config_path="algorithms.pruning.flap.config:FlapConfig",
+        class_path="algorithms.pruning.flap.algorithm:FlapPruner",
+        summary="structured pruning of heads and neurons; what is left is refitted; loads as a plain model",
+    ),
+    Row(
         name="SpQR",
         aliases=("SPQR", "spqr"),
         config_path="algorithms.quantization.spqr.config:SpqrConfig",
@@ -76,7 +83,7 @@ REGISTRY = (
 )
 
 # Names that recipes of this family use and that this version cannot run: told apart from typing errors.
-PLANNED = ("FlapPruner", "ReALLM")
+PLANNED = ("ReALLM",)
 
 
 def rows() -> tuple[Row, ...]:

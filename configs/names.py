@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from string import Formatter
 
-from configs.values import Whole, expected, text
+from configs.values import Whole, expected, nearest_name, path, text
+
+SERVICES = ("Kompress", "Adapt")
+JOB_SCHEME = "job:"
+JOB_FORMS = (
+    "job://JOB_ID, job://JOB_SERVICE/JOB_ID, or one of them with /exports/FORMAT behind it; no part empty, none with '..' in it"
+)
+EXPORTS = "exports"  # the folder of a job's further formats
 
 TOKEN_FILES = (".pt", ".pth")  # a data set name that ends like this is a file of token tensors
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -36,12 +44,65 @@ def token(value: object) -> str:
     return name
 
 
+def service_name(value: object) -> str:
+    """Reads JOB_SERVICE in any case and keeps the case: it is a folder of the job's path."""
+    if not isinstance(value, str) or value.casefold() not in map(str.casefold, SERVICES):
+        raise expected(" or ".join(SERVICES), nearest_name(value, SERVICES) if isinstance(value, str) else None)
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobReference:
+    """Another job's output as MODEL names it. Without a service it is the only job of that name, without a format its first."""
+
+    job_id: str
+    service: str | None = None
+    format: str | None = None
+
+    def __str__(self) -> str:
+        parts = (*filter(None, [self.service]), self.job_id, *((EXPORTS, self.format) if self.format else ()))
+        return f"{JOB_SCHEME}//{'/'.join(parts)}"
+
+
+def job_reference(name: str) -> JobReference | None:
+    """``job://...`` taken apart; None for every other name of a model.
+
+    Raises:
+        PydanticCustomError: it starts like one and is none.
+    """
+    if not name.casefold().startswith(JOB_SCHEME):
+        return None
+    parts = name[len(JOB_SCHEME) + 2 :].split("/")
+    export = None
+    if len(parts) > 2 and parts[-2] == EXPORTS:
+        parts, export = parts[:-2], parts[-1]
+    if not name.startswith(f"{JOB_SCHEME}//") or len(parts) > 2:
+        raise expected(JOB_FORMS)
+    try:
+        return JobReference(
+            service=service_name(parts[0]) if len(parts) == 2 else None,
+            job_id=folder_name(parts[-1]),
+            format=None if export is None else token(export),
+        )
+    except ValueError:
+        raise expected(JOB_FORMS) from None
+
+
 def model_name(value: object) -> str:
-    """Reads a hub id such as org/name, or the path of a local folder (absolute, or starting with ./ or ../)."""
+    """Reads a hub id such as org/name, another job's output, or the path of a local folder (absolute, or with ./ or ../)."""
     name = text(value).strip()
+    if job_reference(name) is not None:
+        return name
     if not name.startswith(EXPLICIT_PATH) and _leaves(name):
         raise expected("a hub id such as org/name, or a local folder written with a leading /, ./ or ../")
     return name
+
+
+def custom_model(value: object) -> Path:
+    """Reads the path of a model's weights; another job's output has its place in MODEL."""
+    if isinstance(value, str) and value.strip().casefold().startswith(JOB_SCHEME):
+        raise expected(f"a path; another job's output is named by MODEL: {value.strip()}")
+    return path(value)
 
 
 def dataset_reference(value: object) -> str:

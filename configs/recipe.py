@@ -8,7 +8,18 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from configs.names import check_format_string, dataset_reference, devices, folder_name, model_name, token
+from configs.names import (
+    JobReference,
+    check_format_string,
+    custom_model,
+    dataset_reference,
+    devices,
+    folder_name,
+    job_reference,
+    model_name,
+    service_name,
+    token,
+)
 from configs.strict import StrictModel
 from configs.values import (
     Choice,
@@ -28,7 +39,6 @@ from configs.values import (
 
 EVALUATION_CORPORA = ("wikitext2", "ptb", "ptb_new", "c4", "c4_new")
 DEFAULT_MODEL = "huggyllama/llama-7b"
-SERVICES = ("kompress", "adapt")
 SPLITS = Choice(("train", "validation", "test"))
 
 
@@ -70,13 +80,6 @@ def _local_files(name: str, files: object) -> Path | dict[str, Path]:
     return found
 
 
-def _service(value: object) -> str:
-    """Reads JOB_SERVICE in any case and keeps the case: it is a folder of the job's path."""
-    if not isinstance(value, str) or value.casefold() not in SERVICES:
-        raise expected("Kompress or Adapt", nearest_name(value, ("Kompress", "Adapt")) if isinstance(value, str) else None)
-    return value
-
-
 def _columns(value: object) -> tuple[str, ...]:
     """Reads TEXT_COLUMN: "a,b" or a list, at least one name."""
     found = names(value)
@@ -114,7 +117,7 @@ class Recipe(StrictModel):
 
     algorithm: Text = Field(alias="ALGORITHM")
     task: Annotated[str, BeforeValidator(Choice(("llm",)))] = Field(default="llm", alias="TASK")
-    job_service: Annotated[str, BeforeValidator(_service)] = Field(default="Kompress", alias="JOB_SERVICE")
+    job_service: Annotated[str, BeforeValidator(service_name)] = Field(default="Kompress", alias="JOB_SERVICE")
     job_id: Annotated[str, BeforeValidator(folder_name)] = Field(alias="JOB_ID")
     user_folder: Annotated[Path, BeforeValidator(path)] = Field(default=Path("user_data"), alias="USER_FOLDER")
     cache_path: OptionalPath = Field(default=None, alias="CACHE_PATH")
@@ -122,7 +125,9 @@ class Recipe(StrictModel):
     # Historical meaning: where the compressed model goes, in place of the job folder. Not where a model comes from.
     model_path: OptionalPath = Field(default=None, alias="MODEL_PATH")
     model: Annotated[str, BeforeValidator(model_name)] = Field(default=DEFAULT_MODEL, alias="MODEL")
-    custom_model_path: OptionalPath = Field(default=None, alias="CUSTOM_MODEL_PATH")
+    custom_model_path: Annotated[Path | None, BeforeValidator(Nullable(custom_model, unset=True))] = Field(
+        default=None, alias="CUSTOM_MODEL_PATH"
+    )
     dataset_name: Annotated[str | None, BeforeValidator(Nullable(dataset_reference, unset=True))] = Field(
         default=None, alias="DATASET_NAME"
     )
@@ -159,6 +164,11 @@ class Recipe(StrictModel):
     @classmethod
     def _formats_are_known(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         return _known(value, _from_context(info, "formats"), "formats that the algorithm writes")
+
+    @property
+    def model_job(self) -> JobReference | None:
+        """The job whose output MODEL names, if it names one."""
+        return job_reference(self.model)
 
     @property
     def job_folder(self) -> Path:

@@ -84,16 +84,34 @@ class Publication:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """How a model came about that earlier jobs have made.
+
+    ``model`` is what the first of them started from, ``methods`` are their algorithms in order, ``folder`` is where the last
+    one's result stands.
+    """
+
+    model: str
+    methods: tuple[str, ...]
+    folder: str
+
+    def __str__(self) -> str:
+        return f"{self.model} by {', then '.join(self.methods)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All of manifest.json. A value: every change makes a new one.
 
-    ``certificate``, ``evaluation`` and ``bits`` hold, under ``key``, the result that they speak of.
+    ``lineage`` is None for a model that no job has made. ``certificate``, ``evaluation`` and ``bits`` hold, under ``key``, the
+    result that they speak of.
     """
 
     job: str = ""
     algorithm: str = ""
     recipe_digest: str = ""
     model: Mapping[str, object] = field(default_factory=dict)
+    lineage: Lineage | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, object] = field(default_factory=dict)
     run: RunRecord | None = None
@@ -170,6 +188,8 @@ def _manifest(raw: dict) -> Manifest:
     if raw["run"] is not None:
         run = raw["run"]
         values["run"] = RunRecord(**{**run, "status": Status(run["status"]), "redone": tuple(run["redone"])})
+    if values.get("lineage") is not None:  # manifests from before there was one lack the key
+        values["lineage"] = Lineage(**{**raw["lineage"], "methods": tuple(raw["lineage"]["methods"])})
     if raw["published"] is not None:
         values["published"] = Publication(key=raw["published"]["key"], files=_files(raw["published"]["files"]))
     return Manifest(**values)

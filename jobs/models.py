@@ -1,4 +1,4 @@
-"""The model that a recipe names, as a folder with config.json, safetensors and tokenizer: local, custom, or from the hub."""
+"""The model that a recipe names, as a folder with config.json, safetensors and tokenizer, from wherever it says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
 from configs.recipe import Recipe
 from jobs.checkpoints import convert, files_digest, is_side_file, link_files, shard_index, state_files
+from jobs.earlier_jobs import earlier_output
 from jobs.texts.location import nearest_sibling
 from jobs.workspace import Workspace, check_name, inside
 
@@ -28,7 +29,8 @@ DIGEST_LENGTH = 12
 def resolve_model(recipe: Recipe, workspace: Workspace) -> ModelSource:
     """The model to compress, brought into the form that the rest reads; weights are not loaded.
 
-    CUSTOM_MODEL_PATH comes first, then MODEL as a local folder, ``models/<MODEL>`` in the user folder, the hub.
+    CUSTOM_MODEL_PATH comes first, then MODEL as another job's output, a local folder, ``models/<MODEL>`` in the user folder,
+    the hub.
 
     Raises:
         DataError: Nothing is there, it is incomplete, or it cannot be fetched; says what was tried.
@@ -56,6 +58,8 @@ def _source(directory: Path, name: str, recipe: Recipe) -> ModelSource:
 
 def _named_model(recipe: Recipe, workspace: Workspace, *, weights: bool = True) -> Path:
     """The folder of MODEL; with ``weights`` false its config and tokenizer are enough."""
+    if recipe.model_job is not None:
+        return earlier_output(recipe.model_job, workspace)
     local = Path(recipe.model).expanduser()
     if local.is_dir():
         return _local_model(local.absolute(), "MODEL", recipe, workspace, weights=weights)
@@ -94,8 +98,8 @@ def _custom_state(custom: Path, recipe: Recipe, workspace: Workspace) -> Path:
     """A state dict for MODEL's architecture, written once as safetensors with MODEL's config and tokenizer."""
     files = state_files(custom, "CUSTOM_MODEL_PATH")
     base = _named_model(recipe, workspace, weights=False)
-    is_path = Path(recipe.model).expanduser().is_dir()
-    name = base.name if is_path else recipe.model
+    is_folder = recipe.model_job is not None or Path(recipe.model).expanduser().is_dir()
+    name = base.name if is_folder else recipe.model
     sides = sorted(file for file in base.iterdir() if file.is_file() and is_side_file(file))
     digest = files_digest([*files, *sides])[:DIGEST_LENGTH]
     target = inside(workspace.models_dir, f"{name}--custom-{digest}", "MODEL")

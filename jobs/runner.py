@@ -15,6 +15,7 @@ from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from configs.errors import CertificateError, DataError, RankLostError
 from configs.loader import LoadedRecipe
+from jobs.earlier_jobs import lineage
 from jobs.evaluation import CorpusFigures, Texts, describe, load_texts
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.conclusion import Outcome, conclude, measure
@@ -176,12 +177,16 @@ class _Run:
 
     def __enter__(self) -> None:
         job, recipe = self._job, self._loaded.recipe
+        made = lineage(recipe, job.workspace)
+        if made is not None:
+            logger.info("MODEL %s is %s, in %s", recipe.model, made, made.folder)
         atomic_write_text(job.workspace.recipe_path, yaml.safe_dump(self._loaded.resolved, sort_keys=False, allow_unicode=True))
         job.manifest.update(
             job=f"{recipe.job_service}/{recipe.job_id}",
             algorithm=job.algorithm.name,
             recipe_digest=recipe_digest(self._loaded),
             model={"name": job.source.name, "digest": job.source.digest, "parameters": job.source.num_parameters},
+            lineage=made,
             paths=_paths(job.workspace, job.source.directory),
             versions=versions(job.crew.size),
             run=self._record,

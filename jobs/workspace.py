@@ -241,6 +241,26 @@ class JobLock:
         return None
 
 
+def job_holder(lock: Path) -> str | None:
+    """Which process holds a job, in words; None where none does. The lock itself is not touched: a job may be starting.
+
+    A holder on another machine may still live, as far as anybody here can tell.
+    """
+    try:
+        text = lock.read_text(encoding="utf-8")
+        holder = json.loads(text)
+        host, process = holder["host"], int(holder["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    with suppress(PermissionError):  # the process is there, and another user's
+        try:
+            if host == socket.gethostname():
+                os.kill(process, 0)
+        except ProcessLookupError:
+            return None
+    return _holder(text)
+
+
 def _holder(text: str) -> str:
     try:
         holder = json.loads(text)

@@ -41,10 +41,25 @@ class Calibrated:
         for index in range(self.source.num_blocks):
             loaded = self._store.load(index)
             if loaded is None:
-                raise ValueError(
-                    f"block {index} of {self.directory} is missing or damaged; run the job again with overwrite=[calibration]"
-                )
+                raise self._damaged(index)
             yield index, loaded[0]
+
+    def shapes(self) -> Iterator[dict[str, tuple[int, ...]]]:
+        """Shapes of every block's tensors, in order, without reading these.
+
+        Raises:
+            ValueError: a block is missing.
+        """
+        for index in range(self.source.num_blocks):
+            found = self._store.shapes(index)
+            if found is None:
+                raise self._damaged(index)
+            yield found
+
+    def _damaged(self, index: int) -> ValueError:
+        return ValueError(
+            f"block {index} of {self.directory} is missing or damaged; run the job again with overwrite=[calibration]"
+        )
 
 
 def write_checkpoint(
@@ -52,8 +67,18 @@ def write_checkpoint(
     directory: Path,
     transform: DenseState,
     quantization_config: Mapping[str, object] | None = None,
+    *,
+    config: Mapping[str, object] | None = None,
 ) -> None:
-    """A Hugging Face folder whose blocks hold what ``transform`` makes of the stored tensors; config.json comes last."""
+    """A Hugging Face folder whose blocks hold what ``transform`` makes of the stored tensors; config.json comes last.
+
+    Args:
+        calibrated: what to write.
+        directory: an existing folder.
+        transform: from a block's stored tensors to those of the folder.
+        quantization_config: of config.json, where there is one.
+        config: stands in the place of the original's config.json.
+    """
     source = calibrated.source
     writer = ShardWriter(directory)
     writer.add(calibrated.outside())
@@ -61,7 +86,7 @@ def write_checkpoint(
         writer.add({source.block_prefix(index) + name: tensor for name, tensor in transform(tensors).items()})
     writer.close()
     copy_companions(calibrated.directory, directory)
-    settings = {**source.raw_config(), "dtype": "float16", "torch_dtype": "float16"}
+    settings = {**(source.raw_config() if config is None else config), "dtype": "float16", "torch_dtype": "float16"}
     if quantization_config is not None:
         settings["quantization_config"] = dict(quantization_config)
     atomic_write_json(directory / "config.json", settings)

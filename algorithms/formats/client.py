@@ -57,6 +57,10 @@ def load(client_format: str, directory: Path) -> torch.nn.Module:
         from algorithms.formats.spqr.packed import load_packed
 
         return load_packed(directory)
+    if client_format == "ragged":
+        from algorithms.formats.pruned.ragged import load_shipped
+
+        return load_shipped(directory)
     options = {"gguf_file": "model.gguf"} if client_format == "gguf" else {}
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
     return (_widened(model, directory) if client_format == "auto-round" else model).eval()

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,6 +45,14 @@ class BlockStore:
             self.discard(index)
             return None
         return load_file(path), report
+
+    def shapes(self, index: int) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of a block's tensors, from the head of its file alone, or None where the block is not finished."""
+        path = self._tensor_file(index)
+        if not (path.is_file() and self._report_file(index).is_file()):
+            return None
+        with safe_open(path, framework="pt") as handle:
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
 
     def discard(self, index: int) -> None:
         """Forget a block."""

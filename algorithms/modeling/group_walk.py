@@ -85,8 +85,10 @@ class GroupWalk:
         )
         # The reference may have fewer batches; the original's walk is consumed to its end whichever ends first.
         wanted = self._wanted() if corrects else iter(())
+        # What a bias gives, no weight has to.
+        bias = 0.0 if linear.bias is None else linear.bias
         for inputs, outputs in zip_longest(self._walk.next_stop(), wanted):
-            statistics.update(inputs, outputs)
+            statistics.update(inputs, None if outputs is None else outputs - bias)
         self._is_behind_writer = corrects
         self._ranks.meet()
         statistics.add_up(self._ranks.sum_)

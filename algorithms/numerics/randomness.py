@@ -11,7 +11,7 @@ import hashlib
 import torch
 
 
-def keyed_generator(seed: int, *place: object) -> torch.Generator:
-    """A CPU generator for one place, for instance ``keyed_generator(0, "aqlm", block, "mlp.up_proj")``."""
+def keyed_generator(seed: int, *place: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one place, for instance ``keyed_generator(0, "aqlm", block, "mlp.up_proj")``."""
     digest = hashlib.sha256("\0".join(str(part) for part in (seed, *place)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -26,6 +26,8 @@ class InputStatistics:
     def __init__(self, in_features: int, device: torch.device | str = "cpu", *, out_features: int | None = None) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._wanted = None if out_features is None else self._sum.new_zeros(out_features, in_features)
+        # Sums of x and t over tokens with a wanted output.
+        self._first = None if out_features is None else (self._sum.new_zeros(in_features), self._sum.new_zeros(out_features))
         self._unwanted: Tensor | None = None  # the sum over tokens without a wanted output, where others have one
         self.num_tokens = 0
         self.num_corrected = 0  # tokens with a wanted output
@@ -47,7 +49,10 @@ class InputStatistics:
             rows, outputs = rows[finite], None if outputs is None else outputs[finite]
         _add_gram(self._total_for(outputs), rows)
         if self._wanted is not None and outputs is not None:
+            assert self._first is not None
             self._wanted += outputs.T @ rows
+            for total, part in zip(self._first, (rows, outputs), strict=True):
+                total += part.sum(0, dtype=torch.float64)
             self.num_corrected += rows.shape[0]
         self.num_tokens += rows.shape[0]
 
@@ -63,7 +68,7 @@ class InputStatistics:
         self.num_tokens, self.num_corrected, self.num_skipped, num_unwanted = counts.tolist()
         if num_unwanted and self._unwanted is None:
             self._unwanted = torch.zeros_like(self._sum)
-        for total in (self._sum, self._wanted, self._unwanted):
+        for total in (self._sum, self._wanted, self._unwanted, *(self._first or ())):
             if total is not None:
                 sum_(total)
 
@@ -109,6 +114,32 @@ class InputStatistics:
             return matrix  # no correction can be computed: none is made
         drift = (self._wanted[rows] - matrix.double() @ self._sum).T
         return matrix + torch.cholesky_solve(drift, factor).T.to(matrix.dtype)
+
+    def refitted(self, matrix: Tensor, ridge: float, *, affine: bool = True) -> tuple[Tensor, Tensor]:
+        """The weight and the bias that best give the wanted outputs: of E|V x + b - t|^2 plus a ridge around W.
+
+        With mu = E x and C the covariance of x, V = W + (Cov(t, x) - W C)(C + ridge)^-1 and b = E t - V mu.
+
+        Args:
+            matrix: W, [out_features, in_features].
+            ridge: share of the mean diagonal of C; it is no less than one over the tokens for each input.
+            affine: whether there is a bias; without, means count as zero, and so b is.
+
+        Raises:
+            ValueError: no outputs were gathered.
+        """
+        if self._wanted is None or self._first is None or self.num_corrected == 0:
+            raise ValueError("a refit takes wanted outputs")
+        count = self.num_corrected
+        inputs, outputs = (total / count if affine else torch.zeros_like(total) for total in self._first)
+        covariance = self._sum / count - torch.outer(inputs, inputs)
+        drift = self._wanted / count - torch.outer(outputs, inputs) - matrix.double() @ covariance
+        share = max(ridge, self._sum.shape[0] / count)
+        diagonal = covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        covariance.diagonal().add_(share * diagonal)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        wide = matrix.double() if failed else matrix.double() + torch.cholesky_solve(drift.T, factor).T
+        return wide.to(matrix.dtype), (outputs - wide @ inputs).to(matrix.dtype)
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:

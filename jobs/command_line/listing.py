@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.workspace import LOCK, MANIFEST
+from jobs.workspace import LOCK, MANIFEST, job_holder
 
 STOPPED = {"tmp", "exports", "packed"}  # folders inside a job, which hold no further jobs
 DEEPEST = 6  # a JOB_ID that an earlier version took could have slashes, but not this many
@@ -59,18 +57,4 @@ def _entry(manifest: Path, root: Path) -> JobEntry:
 def _status(record: Mapping[str, object], directory: Path) -> str:
     """The recorded status; what is recorded as running, with nobody there to run it, was killed."""
     status = str(record["status"])
-    return "killed" if status == "running" and not _is_held(directory / LOCK) else status
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process that may still live holds the job. The lock itself is not touched: a job may be starting."""
-    try:
-        holder = json.loads(lock.read_text(encoding="utf-8"))
-        if holder["host"] != socket.gethostname():
-            return True
-        os.kill(int(holder["pid"]), 0)
-    except PermissionError:
-        return True  # the process is there, and another user's
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
+    return "killed" if status == "running" and job_holder(directory / LOCK) is None else status

@@ -237,6 +237,7 @@ def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates:
     stages = {name: manifest.stages[name] for name in names if _counts(outcome, name)}
     return Summary(
         model=source.name,
+        lineage=manifest.lineage,
         method=job.algorithm.name,
         output=job.workspace.job_dir if outcome.formats else outcome.artifact.directory,
         bits=BitAccount.of(_bits(outcome), source.num_parameters),
@@ -272,11 +273,12 @@ def _published_size(outcome: Outcome, folder: str) -> int:
 def _write_card(outcome: Outcome, summary: Summary) -> None:
     job = outcome.job
     config = _read_config(outcome.artifact.directory / CONFIG)
+    earlier = () if summary.lineage is None else summary.lineage.methods
     card = model_card(
         summary,
         formats=outcome.formats,
         recipe=job.workspace.recipe_path.read_text(encoding="utf-8"),
-        tags=("compression", job.algorithm.name.lower()),
+        tags=("compression", *dict.fromkeys(method.lower() for method in (*earlier, job.algorithm.name))),
         notes=(*loading_notes(config), *job.algorithm.serving_notes()),
     )
     write_extra(job.workspace.job_dir / NAME, card, job.manifest, job.workspace.job_dir)

@@ -28,14 +28,23 @@ _INSTALL = {
 _PLAIN = "model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)"
 _LOADING = {
     "gguf": 'model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=dtype).to(device)',
+    "ragged": "model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).to(device)",
     "spqr": "model = load_packed(Path(folder)).to(device)",
 }
+# transformers asks before it reads even the tokenizer of a folder with code in it.
+_PLAIN_TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained(folder)"
+_TOKENIZERS = {"ragged": "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)"}
 _IMPORTS = {"spqr": ("from pathlib import Path", "from algorithms.formats.spqr.packed import load_packed  # of Bitpress")}
 _NOTES = {
     "awq": "The layout is that of vLLM and of transformers with gptqmodel, by their sources; neither was run on this folder.",
     "gptq": "The layout is that of vLLM and of transformers with gptqmodel, by their sources; neither was run on this folder.",
     "compressed-tensors": "The layout is also vLLM's, by its source; vLLM was not run on this folder.",
     "gguf": "llama.cpp reads `model.gguf` too, where it holds a tokenizer; the job's log says if it does not.",
+    "padded": "Every block is as wide as the widest one; where pruning took more of a block, it holds zeros.",
+    "ragged": (
+        "Every block has widths of its own, which no class of transformers has: `trust_remote_code=True` makes transformers "
+        "run `modeling_ragged.py` of this folder, so read it first; it is short. Servers with their own models do not load it."
+    ),
     "spqr": "transformers alone does not know this layout and would start from random weights.",
     "tensorrt-llm": "The engines are for the kind of GPU and the release of TensorRT-LLM that built them, and for no others.",
 }
@@ -55,16 +64,18 @@ def model_card(
         tags: words for the header.
         notes: what a user of the first format has to know, one sentence each.
     """
-    name = Path(summary.model).name if Path(summary.model).is_absolute() else summary.model
+    model = summary.model if summary.lineage is None else summary.lineage.model
+    methods = (*(() if summary.lineage is None else summary.lineage.methods), summary.method)
+    name = Path(model).name if Path(model).is_absolute() else model
     header = {
-        **({"base_model": name} if name == summary.model else {}),  # a path is no model that the hub could link to
+        **({"base_model": name} if name == model else {}),  # a path is no model that the hub could link to
         "library_name": formats[0] if formats and formats[0] in _COMMANDS else "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(tags),
     }
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
-        f"# {name}, compressed with {summary.method}",
+        f"# {name}, compressed with {', then '.join(methods)}",
         _facts(summary),
         _figures(summary),
         _certificates(summary),
@@ -89,7 +100,7 @@ def loading_notes(config: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _facts(summary: Summary) -> str:
-    keep = ("bits per compressed weight", "bits per parameter of the model", "weights on disk")
+    keep = ("made from", "bits per compressed weight", "bits per parameter of the model", "weights on disk")
     facts = [(label, value) for label, value in summary.facts() if label.partition(",")[0] in keep]
     return _table(("", ""), [*facts, *((f"text for {stage}", data) for stage, data in summary.data.items())])
 
@@ -121,7 +132,8 @@ def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -
         lines += ["```bash", install, "```", ""]
     lines += [f"{note}\n" for note in (*notes, *filter(None, [_NOTES.get(formats[0])]))]
     if formats[0] in _COMMANDS:
-        command = _COMMANDS[formats[0]].replace("MODEL", shlex.quote(summary.model))
+        model = summary.model if summary.lineage is None else summary.lineage.folder
+        command = _COMMANDS[formats[0]].replace("MODEL", shlex.quote(model))
         return "\n".join([*lines, "```bash", command, "```"])
     lines += [
         "```python",
@@ -130,7 +142,7 @@ def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -
         *_IMPORTS.get(formats[0], ()),
         "",
         'folder = "."  # this folder',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        _TOKENIZERS.get(formats[0], _PLAIN_TOKENIZER),
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.float16 if device == "cuda" else torch.float32',
         _LOADING.get(formats[0], _PLAIN),

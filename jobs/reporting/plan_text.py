@@ -140,6 +140,8 @@ def _model_is_here(recipe: Recipe, workspace: Workspace, manifest: Manifest) -> 
     """Whether the model can be read without fetching or converting it first."""
     if recipe.custom_model_path is not None:
         return (recipe.custom_model_path.expanduser() / "config.json").is_file() or bool(manifest.stages)
+    if recipe.model_job is not None:
+        return True  # or another job has to run first, and finding its result says so
     return Path(recipe.model).expanduser().is_dir() or (workspace.models_dir / recipe.model).is_dir()
 
 

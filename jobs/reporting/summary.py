@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jobs.evaluation import CorpusFigures
 from jobs.logs import duration
-from jobs.manifest import StageRecord
+from jobs.manifest import Lineage, StageRecord
 from jobs.reporting.certificate import FormatCertificate
 
 
@@ -65,7 +65,8 @@ class Summary:
     """All that the closing summary says.
 
     Sizes in bytes, ``further_sizes`` those of the formats after the first; ``stages`` by name, with ``ran`` those of this run;
-    ``data`` is the text that each stage was given.
+    ``data`` is the text that each stage was given. ``lineage`` says how earlier jobs have made ``model``: sizes and figures
+    before compression are those of ``model`` all the same.
     """
 
     model: str
@@ -80,10 +81,14 @@ class Summary:
     ran: Sequence[str]
     data: Mapping[str, str] = field(default_factory=dict)
     further_sizes: Mapping[str, int] = field(default_factory=dict)
+    lineage: Lineage | None = None
 
     def facts(self) -> list[tuple[str, str]]:
         """Label and value of each line above the tables."""
-        lines = [("model", self.model), ("method", self.method)]
+        lines = [("model", self.model)]
+        if self.lineage is not None:
+            lines.append(("made from", f"{self.lineage}; sizes and figures before are {self.model}'s"))
+        lines.append(("method", self.method))
         if self.bits is not None:
             parts = ", ".join(f"{name} {bits:.3f}" for name, bits in self.bits.parts.items())
             lines.append(("bits per compressed weight", f"{self.bits.per_weight:.3f} ({parts})"))

@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 
 from algorithms.modeling.files import file_digest
 from configs.errors import DataError
+from configs.names import EXPORTS
 from jobs.manifest import ManifestFile, Publication
 from jobs.results.artifacts import FileRecord
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-EXPORTS = "exports"
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".engine")
 
 

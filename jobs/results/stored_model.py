@@ -11,9 +11,10 @@ from torch import nn
 from algorithms.base import Artifact
 from algorithms.modeling.files import folder_digest
 from configs.errors import DataError
-from jobs.execution.preparation import Materials
+from configs.names import EXPORTS
+from jobs.execution.preparation import Materials, users_mistakes
 from jobs.manifest import StageRecord, Status, read_manifest
-from jobs.results.publishing import CONFIG, EXPORTS
+from jobs.results.publishing import CONFIG
 from jobs.workspace import MANIFEST
 
 OUR_LAYOUTS = "bitpress-"  # how quant_method begins where transformers would start from random weights
@@ -31,13 +32,14 @@ def load_stored(directory: Path, materials: Materials) -> StoredModel:
     """Load what stands in ``directory``: with the algorithm's own reader where a job of it wrote the folder, else as it stands.
 
     Raises:
-        DataError: the folder holds neither a finished artifact nor a model.
+        DataError: the folder holds neither a finished artifact nor a model, or one that cannot be loaded.
     """
     place = directory.expanduser().resolve()
     found = _record_of(place, materials)
     if found is not None:
         artifact = Artifact(kind=found.kind, directory=place, digest=found.key)
-        model = materials.algorithm.as_served(materials.algorithm.load(artifact), artifact, materials.source)
+        with users_mistakes():
+            model = materials.algorithm.as_served(materials.algorithm.load(artifact), artifact, materials.source)
         return StoredModel(model=model.eval().requires_grad_(False), digest=found.key)
     if not (place / CONFIG).is_file():
         raise DataError(

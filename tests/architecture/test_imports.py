@@ -21,7 +21,7 @@ ALLOWED = {
         f"algorithms.{unit}" for unit in ("base", "finetuning", "formats", "modeling", "numerics", "parallel")
     }
     | {"configs"},
-    "algorithms.finetuning": {"algorithms.numerics", "algorithms.modeling", "algorithms.parallel", "configs"},
+    "algorithms.finetuning": {f"algorithms.{unit}" for unit in ("base", "modeling", "numerics", "parallel")} | {"configs"},
     "algorithms.formats": {"algorithms.numerics", "algorithms.modeling"},
     "algorithms.modeling": {"algorithms.numerics", "algorithms.parallel"},
     "algorithms.numerics": set(),

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from algorithms.finetuning.distillation.additive_student import AdditiveStudent
-from algorithms.finetuning.distillation.coded_linear import CodedLinear
 from algorithms.finetuning.distillation.loss import kl_divergence
 from algorithms.finetuning.distillation.models import Computation, assemble, teacher_model
 from algorithms.finetuning.distillation.sharding import recompute_activations
+from algorithms.finetuning.distillation.students.additive_student import AdditiveStudent
+from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.codebooks.additive import AdditiveCodes
 from algorithms.parallel.ranks import ALONE

@@ -10,10 +10,10 @@ from transformers import LlamaConfig
 
 from algorithms.base import Artifact
 from algorithms.finetuning.distillation.adam import AdamRule
-from algorithms.finetuning.distillation.additive_student import AdditiveStudent, PvSettings
-from algorithms.finetuning.distillation.coded_linear import CodedLinear
 from algorithms.finetuning.distillation.loop import LoopSettings, Surroundings, distill
 from algorithms.finetuning.distillation.models import Computation, assemble
+from algorithms.finetuning.distillation.students.additive_student import AdditiveStudent, PvSettings
+from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
 from algorithms.finetuning.distillation.teacher import LiveTeacher
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.codebooks.additive import AdditiveCodes
@@ -142,8 +142,9 @@ def test_the_memory_of_a_step_of_a_larger_model(tmp_path, record_property):
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(LARGE["vocab_size"], (1, LENGTH), generator=generator) for _ in range(4)]
     around = Surroundings(
-        ranks=ranks, directory=tmp_path / "run", autocast=how.autocast, metrics=lambda line: None, advance=lambda note: None
-    )
+        name="PV-Tuning", rates="lr", ranks=ranks, directory=tmp_path / "run", autocast=how.autocast,
+        metrics=lambda line: None, advance=lambda note: None,
+    )  # fmt: skip
     before = linears[0].codebooks.detach().clone()
     settings = LoopSettings(max_epochs=1, batch_size=4, micro_batch_size=2, save_every=100)
     history = distill(student, teacher, sequences, [], settings, around)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from algorithms.blockwise.stages import write_outside
+from algorithms.modeling.block_store import BlockStore
+from algorithms.modeling.source import ModelSource
+from algorithms.modeling.transforms.narrowing import Kept, narrow
 from tests.support.byte_model import VOCABULARY, save_tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
 def save_family(
-    folder: Path, model_type: str, *, tied: bool = False, blocks: int = 2, hidden: int = 32, **changes: object
+    folder: Path,
+    model_type: str,
+    *,
+    tied: bool = False,
+    blocks: int = 2,
+    hidden: int = 32,
+    heads: int = 4,
+    **changes: object,
 ) -> Path:
     """A randomly initialised model of a family, float32, with grouped-query attention; biases where the family has them."""
     config = AutoConfig.for_model(
@@ -23,9 +35,9 @@ def save_family(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=hidden // heads,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         **changes,
@@ -39,6 +51,21 @@ def save_family(
                 parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    return folder
+
+
+def save_pruned(folder: Path, origin: Path, kept: Sequence[Kept], biased: Collection[str] = ()) -> Path:
+    """A pruned calibration of a saved model, float16, with random biases for some linears of its blocks that had none."""
+    source, store = ModelSource(origin), BlockStore(folder)
+    generator = torch.Generator().manual_seed(1)
+    for index, keeps in enumerate(kept):
+        block = source.load_block(index)
+        narrow(block, source.architecture, keeps)
+        tensors = {name: tensor.half() for name, tensor in block.state_dict().items()}
+        for name in biased:
+            tensors[f"{name}.bias"] = (0.1 * torch.randn(tensors[f"{name}.weight"].shape[0], generator=generator)).half()
+        store.save(index, tensors, {})
+    write_outside(source, folder, source.tensors(source.outside_names()))
     return folder
 
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_EPS = 1e-6
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdamRule:
@@ -27,6 +25,7 @@ class AdamRule:
     amsgrad: bool = False
     debias: bool = True
     sixteen_bit: bool = False
+    eps: float = 1e-6
 
     def moments(self, like: Tensor) -> dict[str, Tensor]:
         """Fresh running means for a tensor; without beta1 there is no first, with amsgrad the largest second is kept too."""
@@ -67,7 +66,7 @@ def adam_step(
     if "largest" in moments:
         second = torch.maximum(second, moments["largest"].float())
         moments["largest"].copy_(second)
-    update /= second.sqrt() + _EPS
+    update /= second.sqrt() + rule.eps
     factor = rate
     if rule.debias:
         factor *= math.sqrt(1 - rule.beta2**step) / (1 - rule.beta1**step)

@@ -12,70 +12,35 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from algorithms.finetuning.distillation.additive_student import StepReport
 from algorithms.finetuning.distillation.batches import Batches, MicroBatch, in_micro_batches
 from algorithms.finetuning.distillation.checkpoints import Checkpoints
 from algorithms.finetuning.distillation.loss import kl_divergence
 from algorithms.finetuning.distillation.sharding import local, set_summing
+from algorithms.finetuning.distillation.student import StepReport, Student
 from algorithms.finetuning.distillation.teacher import Autocast, Teacher, counted
-from algorithms.finetuning.distillation.v_step import VStepCounts
 from algorithms.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 600.0
 _LARGEST_STORED = 65504.0  # in float16
-_IDLE_SHARE = 1e-3
 _MAX_FAILURES = 3  # steps in a row without a finite loss
-
-
-class Student(Protocol):
-    """A model that is tuned, with the optimizer that tunes it."""
-
-    model: nn.Module
-
-    def values(self) -> dict[str, Tensor]:
-        """The tensors that are the result."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on, ``values`` among them."""
-        ...
-
-    def loaded(self) -> None:
-        """Hear that tensors were changed from outside."""
-        ...
-
-    def set_summing(self, sums: bool) -> None:
-        """Whether backward passes sum over ranks at once."""
-        ...
-
-    def discard_gradients(self) -> None:
-        """Forget what backward passes have left."""
-        ...
-
-    def gradients_are_finite(self) -> bool:
-        """Whether the gradients that backward passes have left can be stepped against, on every rank."""
-        ...
-
-    def step(self, number: int, factor: float) -> StepReport:
-        """Move against the gradients; ``number`` counts from 1, ``factor`` is that of the learning rates."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     """How long, in what portions, and what is written down when.
 
-    Sequences are counted by ``batch_size`` (over all ranks) and ``micro_batch_size``. ``schedule`` is ``constant`` or
-    ``cosine``, a fall to zero at the last step; before either, rates rise over ``warmup_steps``. The student is judged every
-    ``evaluate_every`` steps (None: after each epoch), saved every ``save_every`` (None: after each epoch and ten minutes),
-    described every ``print_every``. ``keep_best`` ends with the state of the lowest held-out divergence, the start included.
+    Sequences are counted by ``batch_size`` (over all ranks) and ``micro_batch_size``. ``schedule`` is ``constant``, or
+    ``linear`` or ``cosine``, a fall to zero at the last step; before, rates rise over ``warmup_steps``. The student is judged
+    every ``evaluate_every`` steps (None: after each epoch), saved every ``save_every`` (None: after each epoch and ten
+    minutes), described every ``print_every``. ``keep_best`` ends with the state of the lowest held-out divergence, the start
+    included.
     """
 
     max_epochs: int
@@ -88,19 +53,24 @@ class LoopSettings:
     print_every: int | None = 1
     keep_best: bool = False
     sums_once: bool = False
-    counts_codes: bool = True
     seed: int = 0
 
     def factor(self, step: int, steps: int) -> float:
         """Of the learning rates at a step, from 0."""
         rising = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        return rising * (0.5 * (1 + math.cos(math.pi * step / steps)) if self.schedule == "cosine" else 1.0)
+        falling = {"constant": 1.0, "linear": 1 - step / steps, "cosine": 0.5 * (1 + math.cos(math.pi * step / steps))}
+        return rising * falling[self.schedule]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What the loop talks to. ``evaluate`` gives perplexities of texts that are shown and decide nothing."""
+    """What the loop talks to. ``evaluate`` gives perplexities of texts that are shown and decide nothing.
 
+    The user knows this tuning by its ``name``, and lowers ``rates`` where it diverges.
+    """
+
+    name: str
+    rates: str
     ranks: Ranks
     directory: Path
     autocast: Autocast
@@ -180,7 +150,6 @@ class _Run:
         self._newest = Checkpoints(around.directory, ".checkpoint", around.ranks)
         self._best = Checkpoints(around.directory, ".best", around.ranks)
         self._saved = time.monotonic()
-        self._codes = VStepCounts()
         self.step, self.history = 0, History()
         self.steps = settings.max_epochs * self._batches.steps_per_epoch
 
@@ -194,7 +163,7 @@ class _Run:
         self.history = History(**found["history"])
         self._newest.load(self.step, self._student.state())
         self._student.loaded()
-        logger.info("PV-Tuning goes on after step %d of %d", self.step, self.steps)
+        logger.info("%s goes on after step %d of %d", self._around.name, self.step, self.steps)
         for _ in range(self.step):
             self._around.advance("done before")
 
@@ -210,9 +179,8 @@ class _Run:
         self.step += 1
         self.history.losses.append(loss)
         self._describe(loss, report, time.process_time() - started)
-        if self.step == self._batches.steps_per_epoch and self._codes.changed < _IDLE_SHARE * self._codes.examined:
-            message = "the V-step does next to nothing: of %d groups examined in this epoch, %d changed; raise code_lr"
-            logger.warning(message, self._codes.examined, self._codes.changed)
+        if self.step == self._batches.steps_per_epoch and (complaint := self._student.complaint()):
+            logger.warning(complaint)
         if self._is_due(self._settings.evaluate_every) or self.step == self.steps:
             self._judge()
         if self._is_due(self._settings.save_every) or self._is_late():
@@ -224,7 +192,7 @@ class _Run:
         (beyond,) = self._ranks.sum_numbers(float(any(not size <= _LARGEST_STORED for size in sizes)))  # NaN is beyond, too
         if beyond and self.history.stopped is None:
             self.history.stopped = "a tensor has grown beyond what can be stored"
-            logger.warning("PV-Tuning has diverged: %s; lower lr or code_lr", self.history.stopped)
+            self._warn("has diverged")
         best = self.history.best_step
         if not self._settings.keep_best or best is None or best == self.step:
             return
@@ -251,6 +219,7 @@ class _Run:
             sums = not self._settings.sums_once or place == len(micros) - 1
             set_summing(self._student.model, sums)
             self._student.set_summing(sums)
+            self._student.passing(self.step, micro.numbers)
             divergence = self._divergence(micro.to(self._ranks.device))
             (divergence / tokens).backward()
             total += divergence.detach()
@@ -276,21 +245,19 @@ class _Run:
         last = list(range(self.step - _MAX_FAILURES + 1, self.step + 1))
         if self.history.skipped[-_MAX_FAILURES:] == last:
             self.history.stopped = f"loss or gradient were not finite in steps {last[0]} to {last[-1]}"
-            logger.warning("PV-Tuning ends: %s; lower lr or code_lr", self.history.stopped)
+            self._warn("ends")
+
+    def _warn(self, what: str) -> None:
+        logger.warning("%s %s: %s; lower %s", self._around.name, what, self.history.stopped, self._around.rates)
 
     def _describe(self, loss: float, report: StepReport, cpu_seconds: float) -> None:
-        codes = report.codes
-        self._codes += codes
         line: dict[str, object] = {"event": "step", "step": self.step, "loss": loss, "cpu_seconds": round(cpu_seconds, 4)}
         note = f"KL {loss:.4g}"
         if report.gradient_norm is not None:
             line["gradient_norm"] = report.gradient_norm
             note += f", gradient norm {report.gradient_norm:.3g}"
-        if codes.examined:
-            line |= {f"codes_{name}": count for name, count in asdict(codes).items()}
-            if self._settings.counts_codes:
-                note += f", codes: {codes.examined} groups examined, {codes.proposed} proposed, {codes.changed} changed"
-        self._around.metrics(line)
+        note += f", {report.note}" if report.note else ""
+        self._around.metrics(line | dict(report.counts))
         every = self._settings.print_every
         self._around.advance(note if every and self.step % every == 0 else "")
 
@@ -308,6 +275,7 @@ class _Run:
     def _judge(self) -> None:
         """Divergence on the held-out sequences, which decides, and perplexities, which do not."""
         found: dict[str, Any] = {"step": self.step}
+        self._student.passing(None, ())
         if self._held_out:
             found["divergence"] = self._held_out_divergence()
         if self._around.evaluate is not None and self.step > 0:

@@ -82,13 +82,26 @@ def assemble(
     Raises:
         ModelError: a tensor outside the blocks is missing.
     """
-    model, sharding, device = source.skeleton(), how.sharding, how.ranks.device
+    model = source.skeleton()
     model.load_state_dict(outside, strict=False, assign=True)
     model.tie_weights()
-    blocks = model.get_submodule(source.architecture.blocks)
     missing = [n for n, p in model.named_parameters() if p.is_meta and not n.startswith(f"{source.architecture.blocks}.")]
     if missing:
         raise ModelError(f"MODEL: {source.directory} lacks {', '.join(missing[:5])}.")
+    return spread(model, source, fill, how, recomputes=recomputes)
+
+
+def spread(
+    model: nn.Module,
+    source: ModelSource,
+    fill: Callable[[int, nn.Module], nn.Module],
+    how: Computation,
+    *,
+    recomputes: bool = False,
+) -> nn.Module:
+    """Bring a model, whose blocks may lack their weights, to the ranks' devices, in place; arguments as in :func:`assemble`."""
+    sharding, device = how.sharding, how.ranks.device
+    blocks = model.get_submodule(source.architecture.blocks)
     for index in range(source.num_blocks):
         block = fill(index, blocks[index]).to(device)
         if recomputes:

@@ -55,6 +55,13 @@ def set_summing(model: nn.Module, sums: bool) -> None:
             module.set_requires_gradient_sync(sums, recurse=False)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of parameters that are gathered at the moment, so that the model has its sharded ones, and gathers them anew."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory with the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

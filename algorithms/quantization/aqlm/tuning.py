@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 from algorithms.base import Artifact, StageContext, StageError
 from algorithms.blockwise.stages import write_outside
 from algorithms.finetuning.distillation.adam import AdamRule
-from algorithms.finetuning.distillation.additive_student import AdditiveStudent, PvSettings
-from algorithms.finetuning.distillation.batches import steps_per_epoch
-from algorithms.finetuning.distillation.coded_linear import CodedLinear
-from algorithms.finetuning.distillation.loop import LoopSettings, Surroundings, distill
-from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype, teacher_model
+from algorithms.finetuning.distillation.loop import LoopSettings
+from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype
 from algorithms.finetuning.distillation.sharding import local, whole
-from algorithms.finetuning.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, cached_tokens, fill_cache
+from algorithms.finetuning.distillation.stage import Teaching, clear, distilled, hold_out, refuse_half_products
+from algorithms.finetuning.distillation.students.additive_student import AdditiveStudent, PvSettings
+from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
 from algorithms.formats.aqlm import pack, packed_linears, unpack
 from algorithms.formats.checkpoint import OUTSIDE, Calibrated
 from algorithms.formats.storage import to_storage
@@ -29,17 +27,14 @@ from algorithms.modeling.files import atomic_write_json, folder_digest
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.codebooks.additive import AdditiveCodes
 from algorithms.numerics.codebooks.constrained_recode import RecodeLimits
-from algorithms.numerics.randomness import keyed_generator
 from algorithms.parallel.ranks import Ranks
 from algorithms.quantization.aqlm.finetune_config import FinetuneConfig
 
 logger = logging.getLogger(__name__)
 
 TUNED = "aqlm-finetune"
-_CACHE, _REPORT = ".teacher", "tuning.json"
-_CACHED_PASS = 4  # sequences, where the recipe leaves the size of a pass open
+_REPORT = "tuning.json"
 _CONTAINERS = {"uint8": torch.int8, "uint16": torch.int16}
-_MOST_HELD_OUT, _HELD_OUT_SHARE = 128, 32
 
 
 def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) -> Artifact:
@@ -53,7 +48,7 @@ def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) 
         _tune(context, Calibrated(artifact.directory), config)
     digest = ""
     if ranks.is_main:
-        _clear(directory)
+        clear(directory)
         digest = folder_digest(directory)
     ranks.meet()
     return Artifact(kind=TUNED, directory=directory, digest=ranks.from_main(digest))
@@ -71,22 +66,18 @@ def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig)
         gathers_in_amp=config.use_fsdp_amp,
         separately=config.wrap_separately,
     )
-    training, held_out = hold_out(context.tokens, config)
+    split = hold_out(context.tokens, config.validation_size, judges=config.keep_best_model, seed=config.seed, key=key)
     student = AdditiveStudent(student_model(source, calibrated, config, how), pv_settings(config), ranks)
     before = _codes(student.model)
-    settings = loop_settings(config)
-    steps = settings.max_epochs * steps_per_epoch(len(training), settings.batch_size)
-    teacher = _teacher(context, source, config, how, [*training, *held_out])
-    with context.progress("PV-Tuning", steps) as advance:
-        around = Surroundings(
-            ranks=ranks,
-            directory=context.output_dir,
-            autocast=how.autocast,
-            metrics=context.metrics,
-            advance=advance,
-            evaluate=context.evaluate,
-        )
-        history = distill(student, teacher, training, held_out, settings, around)
+    teaching = Teaching(
+        name="PV-Tuning",
+        key=key,
+        rates="lr or code_lr",
+        load_dtype=config.load_dtype,
+        cached=config.teacher_cache,
+        micro_batch_size=config.microbatch_size,
+    )
+    history = distilled(context, source, student, split, settings=loop_settings(config), teaching=teaching, how=how)
     shares = dict.fromkeys(before, 0.0)
     if history.is_usable:
         shares = _changed(before, student.model, ranks)
@@ -105,38 +96,13 @@ def _check(config: FinetuneConfig, source: ModelSource, device: torch.device) ->
         StageError: which key to change.
     """
     key = "llm.AQLM.finetune_config"
-    if config.amp_dtype == "float16" and device.type == "cuda":
-        raise StageError(
-            f"{key}.amp_dtype: in float16 most of the gradient of a divergence that is averaged over many tokens is zero. "
-            "Choose bfloat16 or float32."
-        )
+    refuse_half_products(config.amp_dtype, device, key)
     if not config.wrap_separately:
         return
     classes = {type(module).__name__ for module in source.skeleton().modules()}
     unknown = [name for name in config.wrap_separately if name not in classes]
     if unknown:
         raise StageError(f"{key}.wrap_separately: the model has no {', '.join(unknown)}. It has {', '.join(sorted(classes))}.")
-
-
-def hold_out(sequences: Sequence[Tensor], config: FinetuneConfig) -> tuple[list[Tensor], list[Tensor]]:
-    """Sequences to learn from and to judge by; the second are chosen by the seed.
-
-    Raises:
-        StageError: nothing would be left to learn from.
-    """
-    count = config.validation_size
-    if count is None:
-        share = max(1, min(_MOST_HELD_OUT, len(sequences) // _HELD_OUT_SHARE))
-        count = share if config.keep_best_model and len(sequences) > 1 else 0
-    if count >= len(sequences):
-        raise StageError(
-            f"llm.AQLM.finetune_config.val_size: {count} of {len(sequences)} sequences are held out, which leaves none to "
-            "learn from. Lower val_size or model_seqlen, or name a longer text."
-        )
-    order = torch.randperm(len(sequences), generator=keyed_generator(config.seed, "held out")).tolist()
-    chosen = set(order[:count])
-    kept = [sequence for number, sequence in enumerate(sequences) if number not in chosen]
-    return kept, [sequences[number] for number in sorted(chosen)]
 
 
 def pv_settings(config: FinetuneConfig) -> PvSettings:
@@ -157,6 +123,7 @@ def pv_settings(config: FinetuneConfig) -> PvSettings:
         ),
         buffer_dtype=getattr(torch, config.straight_through_buffer_dtype),
         max_grad_norm=config.max_grad_norm,
+        notes_codes=config.verbose_optimizer,
         seed=config.seed,
         **{f"moves_{name}": moves for name, moves in config.moves.items()},
     )
@@ -175,7 +142,6 @@ def loop_settings(config: FinetuneConfig) -> LoopSettings:
         print_every=config.print_every_steps,
         keep_best=config.keep_best_model,
         sums_once=config.minimize_sync,
-        counts_codes=config.verbose_optimizer,
         seed=config.seed,
     )
 
@@ -219,25 +185,6 @@ def _coded(
     )
     bias = None if bias is None else bias.to(device)
     return CodedLinear(weight, bias, container=container, master=master, compute=how.amp_dtype, ranks=how.ranks)
-
-
-def _teacher(
-    context: StageContext, source: ModelSource, config: FinetuneConfig, how: Computation, sequences: Sequence[Tensor]
-) -> Teacher:
-    cache = context.output_dir / _CACHE
-    if config.teacher_cache is not None and context.ranks.from_main(cached_tokens(cache)) == config.teacher_cache:
-        return CachedTeacher(cache)
-    dtype = config.load_dtype if config.load_dtype != "auto" else str(source.config.dtype or "float32").removeprefix("torch.")
-    loaded = computed_dtype(dtype, context.device, "llm.AQLM.finetune_config.load_dtype")
-    live = LiveTeacher(teacher_model(source, loaded, how), how.autocast)
-    if config.teacher_cache is None:
-        return live
-    size = config.microbatch_size or _CACHED_PASS
-    share = -(-len(sequences) // context.ranks.size)
-    with context.progress("original model's logits", -(-share // size)) as advance:
-        for _ in fill_cache(cache, live, sequences, kept=config.teacher_cache, micro_batch_size=size, ranks=context.ranks):
-            advance("")
-    return CachedTeacher(cache)
 
 
 def _codes(model: nn.Module) -> dict[str, Tensor]:
@@ -321,10 +268,3 @@ def _is_finished(directory: Path, num_blocks: int) -> bool:
         return False
     store = BlockStore(directory)
     return all(store.load(index) is not None for index in range(num_blocks))
-
-
-def _clear(directory: Path) -> None:
-    """Away with what only an unfinished run needs: checkpoints, also half written ones, and the teacher's cache."""
-    for path in directory.glob(".*"):
-        if path.is_dir():
-            shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs.names import JobReference
 from tests.support.recipes import SMALL, load, problems_of
 
 
@@ -49,6 +50,59 @@ def test_models_and_data_sets_are_names_or_open_paths(tmp_path):
     assert "leading /" in expectation(tmp_path, "MODEL=org/../../x")
     assert "DATA_PATH" in expectation(tmp_path, "DATASET_NAME=../secret")
     assert "DATA_PATH" in expectation(tmp_path, "DATASET_NAME=/abs/folder")
+
+
+@pytest.mark.parametrize(
+    ("model", "reference"),
+    [
+        ("job://flap_pruning", JobReference(job_id="flap_pruning")),
+        ("job://7", JobReference(job_id="7")),
+        ("job://Kompress/a b", JobReference(service="Kompress", job_id="a b")),
+        ("job://adapt/exports", JobReference(service="adapt", job_id="exports")),
+        ("job://a/exports/dense", JobReference(job_id="a", format="dense")),
+        ("job://Adapt/a/exports/auto-round", JobReference(service="Adapt", job_id="a", format="auto-round")),
+        ("org/job", None),
+        ("./job:x", None),
+    ],
+)
+def test_a_model_may_be_another_job_s_output(tmp_path, model, reference):
+    recipe = load(SMALL, tmp_path, f"MODEL={model}").recipe
+    assert (recipe.model, recipe.model_job) == (model, reference)
+    assert reference is None or str(reference) == model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "job://",
+        "job:///",
+        "job:first",
+        "job:/first",
+        "JOB://first",
+        "job:///etc",
+        "job://..",
+        "job://.",
+        "job://~",
+        "job://a/",
+        "job://Kompress/..",
+        "job://../Kompress/a",
+        "job://kompres/a",
+        "job://a/b/c",
+        "job://a/exports/",
+        "job://a/exports/..",
+        "job://a/tmp/converted",
+        "job://a/exports/dense/x",
+        "job://Kompress/a/exports",
+        "job://a\\b",
+    ],
+)
+def test_what_names_no_job(tmp_path, model):
+    assert expectation(tmp_path, f"MODEL={model}").startswith("job://JOB_ID, job://JOB_SERVICE/JOB_ID")
+
+
+def test_references_and_other_paths_keep_apart(tmp_path):
+    assert load(SMALL, tmp_path, "MODEL=job://${JOB_SERVICE}/first", "JOB_SERVICE=Adapt").recipe.model == "job://Adapt/first"
+    assert "MODEL: job://first" in expectation(tmp_path, "CUSTOM_MODEL_PATH=job://first")
 
 
 def test_the_service_is_known_in_any_case_and_kept_as_written(tmp_path):

@@ -7,7 +7,7 @@ import yaml
 from rich.console import Console
 
 from jobs.evaluation import CorpusFigures
-from jobs.manifest import StageRecord, Status
+from jobs.manifest import Lineage, StageRecord, Status
 from jobs.reporting.certificate import FormatCertificate, Verdict
 from jobs.reporting.model_card import loading_notes, model_card
 from jobs.reporting.summary import BitAccount, Summary, as_tables, as_text, size
@@ -102,6 +102,22 @@ def test_what_a_reader_must_know_depends_on_the_format():
     assert loading_notes({}) == ()
 
 
+def test_a_model_that_jobs_have_made_shows_the_way_to_it():
+    made = Lineage(model="org/base", methods=("FlapPruner", "SpQR"), folder="/a folder")
+    with_way = dataclasses.replace(summary(), model="job://first", lineage=made)
+    assert dict(with_way.facts())["made from"] == (
+        "org/base by FlapPruner, then SpQR; sizes and figures before are job://first's"
+    )
+    assert "made from" not in dict(summary().facts())
+    text = model_card(with_way, formats=("tensorrt-llm",), recipe="", tags=(), notes=())
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/base"
+    assert "# org/base, compressed with FlapPruner, then SpQR, then AQLM" in text
+    assert "--tokenizer_dir '/a folder' " in text
+    local = dataclasses.replace(with_way, lineage=dataclasses.replace(made, model="/models/base"))
+    header = yaml.safe_load(model_card(local, formats=("dense",), recipe="", tags=(), notes=()).split("---\n")[1])
+    assert "base_model" not in header
+
+
 @pytest.mark.parametrize(
     ("count", "said"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3.00 TB")]
 )
@@ -124,6 +140,12 @@ def test_every_further_format_has_its_size_beside_the_first_ones():
             ("dense", "spqr"),
             "- `exports/spqr`: `from pathlib import Path`, `from algorithms.formats.spqr.packed import load_packed`",
         ),
+        (("ragged",), "AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True)"),
+        (("ragged",), "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)"),
+        (("ragged",), "run `modeling_ragged.py` of this folder, so read it first"),
+        (("padded", "ragged"), "AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)"),
+        (("padded", "ragged"), "AutoTokenizer.from_pretrained(folder)"),
+        (("padded", "ragged"), "- `exports/ragged`: `model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust"),
         (("awq",), "neither was run on this folder"),
         (("gptq",), "neither was run on this folder"),
         (("compressed-tensors",), "pip install compressed-tensors"),

@@ -7,20 +7,23 @@ their target are searched again (V-step).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from algorithms.finetuning.distillation.adam import AdamRule, adam_step
-from algorithms.finetuning.distillation.coded_linear import CodedLinear
 from algorithms.finetuning.distillation.sharding import Sharding, local, part_of, whole
-from algorithms.finetuning.distillation.v_step import VStepCounts, v_step
+from algorithms.finetuning.distillation.student import StepReport
+from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
+from algorithms.finetuning.distillation.students.moving import Moving, are_finite, clip
+from algorithms.finetuning.distillation.students.v_step import VStepCounts, v_step
 from algorithms.numerics.codebooks.additive import CodewordScatter, group, sum_codewords
 from algorithms.numerics.codebooks.constrained_recode import RecodeLimits
 from algorithms.parallel.ranks import Ranks
+
+_IDLE_SHARE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class PvSettings:
     ``rule`` and ``lr`` hold for everything continuous, ``code_rule`` and ``code_lr`` for the targets of the codes.
     ``delta_decay`` is the share by which a target returns to the weight at every step: 1 keeps no target from step to step
     (PV-Tuning as in the paper), 0 keeps all of it (straight-through estimation). ``max_grad_norm`` clips the gradient of
-    everything continuous together. The moving embeddings include the head.
+    everything continuous together. The moving embeddings include the head. ``notes_codes`` tells the user of every V-step.
     """
 
     rule: AdamRule
@@ -46,28 +49,12 @@ class PvSettings:
     moves_norms: bool = True
     moves_embeddings: bool = True
     max_grad_norm: float | None = None
+    notes_codes: bool = True
     seed: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What one step did: the norm of the continuous gradient, where it was clipped, and the V-step's counts over all ranks."""
-
-    gradient_norm: float | None
-    codes: VStepCounts
-
-
-@dataclass
-class _Continuous:
-    """A tensor of the P-step: this rank's part, the gradient of that, and the moments."""
-
-    name: str
-    part: Tensor
-    gradient: Tensor
-
-
 class AdditiveStudent:
-    """A model under PV-Tuning; see :class:`algorithms.finetuning.distillation.loop.Student`.
+    """A model under PV-Tuning; see :class:`algorithms.finetuning.distillation.student.Student`.
 
     Args:
         model: its quantized linears are :class:`CodedLinear`; what else has gradients is tuned with them.
@@ -82,6 +69,7 @@ class AdditiveStudent:
         self._targets: dict[str, Tensor] = {}
         self._moments: dict[str, dict[str, Tensor]] = {}
         self._scatters: dict[str, CodewordScatter] = {}
+        self._counts = VStepCounts()
         self._create_state()
         self.loaded()
 
@@ -108,6 +96,9 @@ class AdditiveStudent:
             for linear in self._linears.values():
                 linear.keep_dense()
 
+    def passing(self, step: int | None, sequences: Sequence[int]) -> None:
+        """All sequences pass alike."""
+
     def set_summing(self, sums: bool) -> None:
         """Whether backward passes sum the gradients of coded weights over ranks at once."""
         for linear in self._linears.values():
@@ -124,9 +115,7 @@ class AdditiveStudent:
         """Whether every rank can step."""
         gradients = [parameter.grad for parameter in self._others.values() if parameter.grad is not None]
         gradients += [linear.gradient for linear in self._linears.values() if linear.gradient is not None]
-        are_finite = all(bool(torch.isfinite(local(gradient)).all()) for gradient in gradients)
-        (others,) = self._ranks.sum_numbers(float(not are_finite))
-        return others == 0
+        return are_finite(gradients, self._ranks)
 
     @torch.no_grad()
     def step(self, number: int, factor: float) -> StepReport:
@@ -138,18 +127,34 @@ class AdditiveStudent:
         """
         settings = self._settings
         continuous = list(self._continuous())
-        norm = self._clip(continuous)
+        norm = clip(continuous, settings.max_grad_norm, self._ranks)
         targets = {name: self._moved_target(name, number, factor) for name in self._linears} if settings.moves_codes else {}
         for tensor in continuous:
             self._adam(tensor.name, tensor.part, tensor.gradient, settings.rule, settings.lr * factor, number)
-        counts = VStepCounts()
+        own = VStepCounts()
         for name, target in targets.items():
-            counts += self._move_codes(name, target, number)
+            own += self._move_codes(name, target, number)
         self.discard_gradients()
         self._keep_dense()
-        examined, proposed, changed = self._ranks.sum_numbers(counts.examined, counts.proposed, counts.changed)
+        examined, proposed, changed = self._ranks.sum_numbers(own.examined, own.proposed, own.changed)
         totals = VStepCounts(examined=int(examined), proposed=int(proposed), changed=int(changed))
-        return StepReport(gradient_norm=norm, codes=totals)
+        self._counts += totals
+        if not totals.examined:
+            return StepReport(gradient_norm=norm)
+        counts = {f"codes_{name}": count for name, count in asdict(totals).items()}
+        return StepReport(gradient_norm=norm, counts=counts, note=self._note(totals))
+
+    def complaint(self) -> str:
+        """Hardly any code has changed."""
+        examined, changed = self._counts.examined, self._counts.changed
+        if changed >= _IDLE_SHARE * examined:
+            return ""
+        return f"the V-step does next to nothing: of {examined} groups examined in this epoch, {changed} changed; raise code_lr"
+
+    def _note(self, counts: VStepCounts) -> str:
+        if not self._settings.notes_codes:
+            return ""
+        return f"codes: {counts.examined} groups examined, {counts.proposed} proposed, {counts.changed} changed"
 
     def _create_state(self) -> None:
         settings = self._settings
@@ -168,11 +173,11 @@ class AdditiveStudent:
             if settings.delta_decay < 1:
                 self._targets[name] = shaped
 
-    def _continuous(self) -> Iterator[_Continuous]:
+    def _continuous(self) -> Iterator[Moving]:
         """Everything that the P-step moves, with its gradient."""
         for name, parameter in self._others.items():
             if parameter.grad is not None:
-                yield _Continuous(name, local(parameter), local(parameter.grad))
+                yield Moving(name, local(parameter), local(parameter.grad))
         for name, linear in self._linears.items():
             if linear.gradient is None or not (self._settings.moves_codebooks or self._settings.moves_scales):
                 continue
@@ -180,9 +185,9 @@ class AdditiveStudent:
             if self._settings.moves_codebooks:
                 self._ranks.sum_(to_codebooks)
                 gradient = part_of(to_codebooks, linear.codebooks)
-                yield _Continuous(f"{name}.codebooks", local(linear.codebooks), gradient)
+                yield Moving(f"{name}.codebooks", local(linear.codebooks), gradient)
             if self._settings.moves_scales:
-                yield _Continuous(f"{name}.scales", local(linear.scales), to_scales)
+                yield Moving(f"{name}.scales", local(linear.scales), to_scales)
 
     def _chain_rule(self, name: str, linear: CodedLinear, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the codebooks [M*K, d], from this rank's rows alone, and of its scales."""
@@ -194,18 +199,6 @@ class AdditiveStudent:
         to_codebooks = self._scatters[name]((tiles * scales[:, None, None]).flatten(0, 1))
         unscaled = sum_codewords(rows, whole(linear.codebooks).float()).view_as(tiles)
         return to_codebooks, torch.sum(tiles * unscaled, dim=(1, 2))
-
-    def _clip(self, continuous: list[_Continuous]) -> float | None:
-        limit = self._settings.max_grad_norm
-        if limit is None or not continuous:
-            return None
-        squares = torch.stack([tensor.gradient.float().square().sum(dtype=torch.float64) for tensor in continuous])
-        (total,) = self._ranks.sum_numbers(squares.sum().item())
-        norm = math.sqrt(total)
-        if norm > limit:
-            for tensor in continuous:
-                tensor.gradient.mul_(limit / norm)
-        return norm
 
     def _moved_target(self, name: str, number: int, factor: float) -> Tensor:
         """The target of a layer's weight after this step, this rank's rows; the codebooks have not moved yet."""

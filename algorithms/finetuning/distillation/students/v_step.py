@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from algorithms.finetuning.distillation.coded_linear import CodedLinear
 from algorithms.finetuning.distillation.sharding import local
+from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
 from algorithms.numerics.codebooks.additive import group, sum_codewords
 from algorithms.numerics.codebooks.constrained_recode import (
     RecodeLimits,

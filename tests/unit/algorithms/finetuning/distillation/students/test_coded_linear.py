@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from algorithms.finetuning.distillation.coded_linear import CodedLinear
 from algorithms.finetuning.distillation.sharding import recompute_activations
+from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
 from algorithms.parallel.ranks import Ranks
 from tests.support.matrices import random_codes
 

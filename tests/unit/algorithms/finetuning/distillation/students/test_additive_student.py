@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from algorithms.finetuning.distillation.adam import AdamRule, adam_step
-from algorithms.finetuning.distillation.additive_student import AdditiveStudent, PvSettings
-from algorithms.finetuning.distillation.coded_linear import CodedLinear
+from algorithms.finetuning.distillation.students.additive_student import AdditiveStudent, PvSettings
+from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
 from algorithms.numerics.codebooks.constrained_recode import RecodeLimits
 from algorithms.parallel.ranks import Ranks
 from tests.support.matrices import random_codes
@@ -91,8 +91,8 @@ def test_without_limits_the_v_step_encodes_everything_anew():
     nearest = (tiles - weight.codebooks[0].view(1, 1, 16, 4)).square().sum(-1).argmin(-1)
     report = student.step(1, 1.0)
     assert torch.equal(model[0].unsigned(model[0].codes)[..., 0], nearest)
-    assert report.codes.examined == 24
-    assert report.codes.changed == report.codes.proposed == int((nearest != weight.codes[..., 0]).sum()) > 0
+    assert report.counts["codes_examined"] == 24
+    assert report.counts["codes_changed"] == report.counts["codes_proposed"] == int((nearest != weight.codes[..., 0]).sum()) > 0
 
 
 def test_the_trust_region_bounds_the_change_of_a_matrix():
@@ -103,7 +103,7 @@ def test_the_trust_region_bounds_the_change_of_a_matrix():
     report = student.step(1, 1.0)
     before, after = weight.dequantize(), _weights(model[0], weight).dequantize()
     change = (after - before).view(8, 3, 4).square().sum(2)
-    assert 1 <= report.codes.changed < report.codes.proposed
+    assert 1 <= report.counts["codes_changed"] < report.counts["codes_proposed"]
     assert change.sum().sqrt() - change.max().sqrt() <= 0.2 * before.norm()
 
 
@@ -120,7 +120,7 @@ def test_a_target_remembers_what_its_codes_could_not_follow():
         total = 0
         for number in range(1, 60):
             _backward(model)
-            total += student.step(number, 1.0).codes.changed
+            total += student.step(number, 1.0).counts["codes_changed"]
         changed[delta_decay] = total
     assert changed[0.0] > 0
     assert changed[1.0] == 0

@@ -1,0 +1,1 @@
+"""Methods that make a model narrower: fewer heads, fewer neurons."""

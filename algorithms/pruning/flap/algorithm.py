@@ -1,0 +1,158 @@
+"""FLAP: heads and neurons that fluctuate least, or are least missed, are taken out (arXiv 2312.11983)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
+from algorithms.blockwise.pipeline import BITS
+from algorithms.blockwise.stages import convert, facts, read_json
+from algorithms.formats.checkpoint import Calibrated
+from algorithms.formats.pruned.padded import read_padded, write_padded
+from algorithms.formats.pruned.ragged import MODELING, read_ragged, write_ragged
+from algorithms.formats.pruned.sizes import sizes
+from algorithms.formats.pruned.stock import expressible_biases
+from algorithms.modeling.files import atomic_write_json
+from algorithms.modeling.source import ModelSource
+from algorithms.modeling.transforms.narrowing import attention_output, narrowed_model, neuron_output, widths
+from algorithms.pruning.flap import calibration, ranking
+from algorithms.pruning.flap.config import FlapConfig
+
+PADDED, RAGGED = "padded", "ragged"
+CONVERTED = "flap-conversion"
+_FACTS = "prune_config.json"
+
+
+class FlapPruner(CompressionAlgorithm):
+    """The plugin: stages ranking, pruning, recovery where it is asked for, and conversion."""
+
+    name = "FlapPruner"
+    formats = (PADDED, RAGGED)
+
+    def __init__(self, config: FlapConfig, exports: Sequence[str] = ()) -> None:
+        super().__init__(config, exports)
+        self._config = config
+
+    def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
+        """Refuse what the model's shapes contradict.
+
+        Raises:
+            ValueError: what is wrong, and which key to change.
+        """
+        config, key = self._config, "llm.FlapPruner"
+        if config.start_pruning_layer_idx >= source.num_blocks:
+            raise ValueError(
+                f"{key}.start_pruning_layer_idx: {config.start_pruning_layer_idx} leaves nothing to prune; blocks are numbered "
+                f"from 0, and the last of this model's is {source.num_blocks - 1}."
+            )
+        missing = [name for name in ("feeders", "gates") if not vars(source.architecture)[name]]
+        if missing:
+            raise ValueError(f"{key}: {source.architecture.model_type} has no gated feed-forward part, which FLAP prunes.")
+        size = widths(source.block_skeleton(), source.architecture)
+        hidden = source.config.hidden_size
+        for name, value in (("gqa_groups", size.heads_a_group), ("head_dim", size.head_dim), ("hidden_dim", hidden)):
+            given = vars(config)[name]
+            if given is not None and given != value:
+                raise ValueError(f"{key}.{name}: the model has {value}, not {given}; leave the key out.")
+        try:
+            ranking.budget(source, config)
+        except ValueError as error:
+            raise ValueError(f"{key}.{error}") from error
+
+    def stages(self) -> Sequence[StageSpec]:
+        """In their order."""
+        config = self._config
+        refits = config.compensation == calibration.LEAST_SQUARES
+        request = TokenRequest(num_samples=config.num_samples, sequence_length=config.sequence_length, seed=config.seed)
+        return (
+            StageSpec(
+                name="ranking",
+                run=self._rank,
+                directory="ranking",
+                kind=ranking.KIND,
+                settings=self._ranking_settings,
+                tokens=request,
+                distributed=True,
+                reuse_on_new_data=True,
+            ),
+            StageSpec(
+                name="pruning",
+                run=self._prune,
+                directory="pruning",
+                kind=calibration.KIND,
+                settings={**config.pruning_shaping, "biased": self._places_for_biases},
+                tokens=request if refits else None,
+                distributed=refits,
+                reuse_on_new_data=True,
+            ),
+            StageSpec(
+                name="conversion",
+                run=self._convert,
+                directory="converted",
+                kind=CONVERTED,
+                settings={"exports": list(self.exports), "pad_neurons_to": config.pad_neurons_to},
+            ),
+        )
+
+    def load(self, artifact: Artifact) -> nn.Module:
+        """What a stage after the ranking has left, as a float32 model.
+
+        Raises:
+            ValueError: a ranking, which holds no weights.
+        """
+        directory = artifact.directory
+        if artifact.kind == ranking.KIND:
+            raise ValueError(f"{directory} says what is to be pruned and holds no model; name the result of a later stage.")
+        if artifact.kind == CONVERTED:
+            return read_ragged(directory) if (directory / MODELING).is_file() else read_padded(directory)
+        calibrated = Calibrated(directory)
+        return narrowed_model(calibrated.source, calibrated.outside(), [tensors for _, tensors in calibrated.blocks()])
+
+    def bits(self, artifact: Artifact) -> Mapping[str, float]:
+        """Bits of the linears' weights that are left, and the number of weights that there were."""
+        if artifact.kind == CONVERTED:
+            return read_json(artifact.directory / BITS)
+        return facts(artifact.directory)["bits"]
+
+    @property
+    def _ranking_settings(self) -> Mapping[str, object]:
+        """FLAP's own scores know nothing of biases."""
+        settings = dict(self._config.ranking_shaping)
+        return {**settings, "biased": self._places_for_biases} if self._config.metrics == ranking.OBS else settings
+
+    @property
+    def _places_for_biases(self) -> str:
+        """Which biases may be added: any where the shipped code has a place for them, else those of a stock configuration."""
+        if self._config.compensation == "none":
+            return "none"
+        return "stock" if PADDED in self.exports else "any"
+
+    def _biased(self, source: ModelSource) -> frozenset[str]:
+        """The linears behind attention and behind the neurons that may get a bias."""
+        behind = frozenset({attention_output(source.architecture), neuron_output(source.architecture)})
+        if self._places_for_biases == "none":
+            return frozenset()
+        return behind if self._places_for_biases == "any" else behind & expressible_biases(source.config)
+
+    def _rank(self, context: StageContext, artifact: Artifact) -> Artifact:
+        return ranking.rank(context, self._config, self._biased(context.source))
+
+    def _prune(self, context: StageContext, artifact: Artifact) -> Artifact:
+        return calibration.prune(context, artifact, self._config, self._biased(context.source))
+
+    def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:
+        atomic_write_json(context.output_dir / BITS, self.bits(artifact))
+        atomic_write_json(context.output_dir / _FACTS, self._facts(artifact.directory))
+        writers = {PADDED: partial(write_padded, multiple=self._config.pad_neurons_to), RAGGED: write_ragged}
+        return convert(context, artifact, kind=CONVERTED, exports=self.exports, exporters=writers)
+
+    def _facts(self, pruned: Path) -> Mapping[str, object]:
+        """What was pruned, and what each form of it costs."""
+        found = sizes(Calibrated(pruned), multiple=self._config.pad_neurons_to)
+        stored = {name: asdict(size) for name, size in found.items()}
+        return {**facts(pruned)["ranking"], "compensation": self._config.compensation, "sizes": stored}
