@@ -15,6 +15,7 @@ from algorithms.base import Artifact, StageContext, StageSpec, TokenRequest
 from algorithms.blockwise import stages
 from algorithms.blockwise.coded import CodedCompressor, Method, Weight
 from algorithms.blockwise.config import BlockwiseParameters
+from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
 
@@ -30,7 +31,8 @@ class Pipeline(Generic[Weight]):
 
     ``config`` holds the keys of the recipe, ``method`` the mathematics, ``version`` changes with it. ``exporters`` write a
     calibration as each format; ``read_export`` reads a folder of the first format back, without its client. ``needs_text`` is
-    false where nothing of the result depends on data. ``view`` is the model that is compressed, seen from that of the job: the
+    false where nothing of the result depends on data. ``method_for`` gives the method for a model in whose blocks it treats
+    linears of some places in another way. ``view`` is the model that is compressed, seen from that of the job: the
     same function with other weights. ``extras`` are further files of the output, name -> JSON, from the calibration's folder.
     """
 
@@ -41,6 +43,7 @@ class Pipeline(Generic[Weight]):
     read_export: Callable[[Path], nn.Module]
     needs_text: bool = True
     version: int = 1
+    method_for: Callable[[ModelArchitecture], Method[Weight]] | None = None
     view: Callable[[ModelSource], ModelSource] = lambda source: source
     extras: Callable[[Path], Mapping[str, object]] = lambda calibrated: {}
 
@@ -94,8 +97,9 @@ class Pipeline(Generic[Weight]):
     def _calibrate(self, context: StageContext, _artifact: Artifact) -> Artifact:
         config = self.config
         source = self.view(context.source.with_attention(config.attn_implementation))
+        method = self.method if self.method_for is None else self.method_for(source.architecture)
         compressor = CodedCompressor(
-            self.method, source.architecture, tuning=config.block_tuning, seed=config.seed, ranks=context.ranks
+            method, source.architecture, tuning=config.block_tuning, seed=config.seed, ranks=context.ranks
         )
         how = stages.Calibration(
             name=self.method.name,

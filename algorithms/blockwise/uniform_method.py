@@ -53,7 +53,7 @@ def uniform_pipeline(
     )
 
 
-def tunable(weight: UniformCodes, target: Tensor, bias: Tensor | None) -> RoundingLinear:
+def tunable(weight: UniformCodes, target: Tensor, bias: Tensor | None, *, scales_are_fixed: bool = False) -> RoundingLinear:
     """A linear under training whose codes start as ``weight``'s and which knows the wanted weight [O, I]."""
     order = None if weight.groups is None else torch.argsort(weight.groups, stable=True)
     return RoundingLinear(
@@ -64,6 +64,7 @@ def tunable(weight: UniformCodes, target: Tensor, bias: Tensor | None) -> Roundi
         bits=weight.bits,
         bias=bias,
         inverse=None if order is None else torch.argsort(order),
+        scales_are_fixed=scales_are_fixed,
     )
 
 

@@ -1,4 +1,6 @@
-"""QServe's layout of 4-bit weights for products with 8-bit activations (W4A8), as QServe and SGLang (``qoq``) read it.
+"""QServe's layouts of weights for products with 8-bit activations: of 4 bits (W4A8), and of 8 (W8A8).
+
+QServe reads both, SGLang (``qoq``) that of 4 bits.
 
 Legend: O out_features, I in_features, G = I / 128 groups a row. For a linear ``P``: ``P.qweight`` [O, I/2] int8, two codes a
 byte; ``P.s1_scales`` [O] float16, one scale a row; with one grid a row ``P.s1_szeros`` [O] float16, scale * zero; with
@@ -14,6 +16,9 @@ With a token x = s_x * x8, where s_x is max |x| / 127 and x8 is rounded to neare
     progressive     s1 * s_x * sum((q * s2 + s2_zero) x8)                   four codes in one 32-bit multiplication by s2
 
 so that group scales above 17 would carry into the next code.
+
+Of 8 bits, symmetric, with one grid a row: ``P.weight`` [O, I] int8 and ``P.dequant_scale`` [O] float16. Nothing is reordered;
+the kernel computes dequant_scale * s_x * sum(weight x8).
 
 QServe's converter leaves a pickled state dict (``pytorch_model.bin``) of these tensors; its loader takes safetensors where
 there are any and does not look at ``quantization_config``, which SGLang needs. QServe loads no norms and takes them for ones:
@@ -33,11 +38,12 @@ from algorithms.modeling.source import ModelError
 from algorithms.numerics.grids.progressive import ProgressiveCodes
 from algorithms.numerics.uniform import UniformCodes
 
-BITS = 4
+BITS, WIDE_BITS = 4, 8
 ACTIVATION_BITS = 8
 GROUP_SIZE = 128
 QUANT_METHOD = "qoq"  # SGLang's word for it
 PARTS = ("qweight", "s1_scales", "s1_szeros", "s2_scales", "s2_zeros")
+WIDE_PARTS = ("weight", "dequant_scale")
 _TILE = 32
 _LARGEST_SCALE = 17  # times the largest code, 15, it still fits a byte
 
@@ -85,6 +91,28 @@ def pack_group(weight: ProgressiveCodes, prefix: str) -> dict[str, Tensor]:
     }
 
 
+def pack_wide(weight: UniformCodes, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a linear of 8 bits, named ``<prefix>.weight`` and ``<prefix>.dequant_scale``.
+
+    Raises:
+        ModelError: grids that the layout cannot hold, or a scale beyond float16.
+    """
+    middle = 1 << (WIDE_BITS - 1)
+    if weight.bits != WIDE_BITS or weight.scales.shape[1] != 1 or not bool((weight.zeros == middle).all()):
+        raise ModelError(f"{prefix}: QServe's layout of 8 bits holds symmetric codes with one scale a row")
+    return {
+        f"{prefix}.weight": (weight.codes.to(torch.int16) - middle).to(torch.int8),
+        f"{prefix}.dequant_scale": to_storage(weight.scales[:, 0], f"{prefix}.dequant_scale"),
+    }
+
+
+def unpack_wide(tensors: Mapping[str, Tensor], prefix: str) -> UniformCodes:
+    """The inverse of :func:`pack_wide`, with float32 scales."""
+    middle, scales = 1 << (WIDE_BITS - 1), tensors[f"{prefix}.dequant_scale"].float()[:, None]
+    codes = (tensors[f"{prefix}.weight"].to(torch.int16) + middle).to(torch.uint8)
+    return UniformCodes(codes=codes, scales=scales, zeros=torch.full_like(scales, middle), bits=WIDE_BITS)
+
+
 def unpack_channel(tensors: Mapping[str, Tensor], prefix: str) -> UniformCodes:
     """The inverse of :func:`pack_channel`, with float32 scales."""
     scales = tensors[f"{prefix}.s1_scales"].float()
@@ -110,13 +138,17 @@ def repacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In this layout what a calibration has stored, as progressive codes or as one grid a row; all else stays as it is.
 
     Raises:
-        ModelError: as :func:`pack_group` and :func:`pack_channel`.
+        ModelError: as :func:`pack_group`, :func:`pack_channel` and :func:`pack_wide`.
     """
     if linears := progressive.packed_linears(list(tensors)):
         packed = [pack_group(progressive.unpack(tensors, prefix), prefix) for prefix in linears]
         rest = progressive.rest(tensors)
     else:
-        packed = [pack_channel(uniform.unpack(tensors, prefix), prefix) for prefix in uniform.packed_linears(list(tensors))]
+        unpacked = {prefix: uniform.unpack(tensors, prefix) for prefix in uniform.packed_linears(list(tensors))}
+        packed = [
+            pack_wide(codes, prefix) if codes.bits == WIDE_BITS else pack_channel(codes, prefix)
+            for prefix, codes in unpacked.items()
+        ]
         rest = uniform.rest(tensors)
     return {name: tensor for part in (rest, *packed) for name, tensor in part.items()}
 
@@ -124,24 +156,27 @@ def repacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def dense_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in float32 in which every packed linear has become ``P.weight`` [O, I]."""
     packed = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    wide = [name.removesuffix(".dequant_scale") for name in tensors if name.endswith(".dequant_scale")]
     inside = {f"{prefix}.{part}" for prefix in packed for part in PARTS}
+    inside |= {f"{prefix}.{part}" for prefix in wide for part in WIDE_PARTS}
     state = {name: tensor.float() for name, tensor in tensors.items() if name not in inside}
     for prefix in packed:
         unpack = unpack_group if f"{prefix}.s2_scales" in tensors else unpack_channel
         state[f"{prefix}.weight"] = unpack(tensors, prefix).dequantize()
-    return state
+    return state | {f"{prefix}.weight": unpack_wide(tensors, prefix).dequantize() for prefix in wide}
 
 
-def quantization_config(*, group_size: int, kv_bits: int = 16) -> dict[str, object]:
+def quantization_config(*, bits: int = BITS, group_size: int, kv_bits: int = 16) -> dict[str, object]:
     """The ``quantization_config`` of config.json: the three keys that SGLang reads, and what else there is to know.
 
     Args:
+        bits: of a weight.
         group_size: 128 for progressive codes; -1 for one grid a row.
         kv_bits: of keys and values in the cache, for which the model was made; the server's own setting decides.
     """
     return {
         "quant_method": QUANT_METHOD,
-        "wbits": BITS,
+        "wbits": bits,
         "group_size": group_size,
         "a_bit": ACTIVATION_BITS,
         "kv_bits": kv_bits,
@@ -149,27 +184,7 @@ def quantization_config(*, group_size: int, kv_bits: int = 16) -> dict[str, obje
     }
 
 
-def refusal(*, bits: int, symmetric: bool, group_size: int, has_column_groups: bool, activation_bits: int | None) -> str | None:
-    """Why weights of these settings cannot be written in this layout, in a sentence; None where they can.
-
-    Args:
-        bits: of a code.
-        symmetric: every zero is 2^(bits - 1), which is written like any other zero.
-        group_size: columns that share a group scale of progressive codes; -1 stands for one grid a row.
-        has_column_groups: the columns of a group are not neighbours.
-        activation_bits: to which the inputs of linears are rounded, token by token; None where they are not.
-    """
-    if bits != BITS or activation_bits != ACTIVATION_BITS:
-        inputs = "unrounded inputs" if activation_bits is None else f"inputs of {activation_bits} bits"
-        return f"QServe multiplies weights of 4 bits with inputs of 8, and here are weights of {bits} bits and {inputs}."
-    if group_size not in (WHOLE_ROW, GROUP_SIZE):
-        return f"QServe knows progressive groups of {GROUP_SIZE} columns, or whole rows (-1); the group size is {group_size}."
-    if has_column_groups:
-        return "QServe has groups of neighbouring columns only."
-    return None
-
-
-def shape_refusal(shapes: Mapping[str, tuple[int, int]], group_size: int = WHOLE_ROW) -> str | None:
+def shape_refusal(shapes: Mapping[str, tuple[int, int]], group_size: int = WHOLE_ROW, bits: int = BITS) -> str | None:
     """Why matrices of these rows and columns, by name, cannot be written in this layout; None where all can.
 
     The kernels ask for more than the layout: they compute whole blocks of up to 128 outputs and 128 columns, where q, k and v
@@ -177,7 +192,7 @@ def shape_refusal(shapes: Mapping[str, tuple[int, int]], group_size: int = WHOLE
     """
     wide = _TILE if group_size == WHOLE_ROW else GROUP_SIZE
     wrong = [f"{name} [{rows}, {columns}]" for name, (rows, columns) in shapes.items() if rows % _TILE or columns % wide]
-    if not wrong:
+    if not wrong or bits == WIDE_BITS:
         return None
     return f"QServe's layout needs rows in multiples of {_TILE} and columns of {wide}, unlike {', '.join(wrong)}."
 

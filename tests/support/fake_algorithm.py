@@ -1,5 +1,7 @@
 """An algorithm that compresses nothing: stages that count their blocks on disk, a model that is one table, exports as files.
 
+A server, if a recipe says so, multiplies what it serves; the clients on this machine do not.
+
 The model is a table of logits by token. "Compression" multiplies the table by a scale that depends on the calibration tokens,
 so every setting, input and data set leaves its mark in the result.
 """
@@ -44,6 +46,7 @@ class FakeConfig(AlgorithmParameters):
     shared: bool = False  # the finetune stage runs on all ranks
     trouble: str = ""  # "rank:what", of the shared stage
     texts: tuple[str, ...] = ()  # that the finetune stage looks at
+    served: float = 1.0  # by which a server multiplies logits
 
     @property
     def evaluate_only(self) -> bool:
@@ -56,9 +59,10 @@ class TableModel(nn.Module):
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
         self.table = nn.Parameter(table.float())
+        self.served = 1.0
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.table[input_ids])
+        return SimpleNamespace(logits=self.served * self.table[input_ids])
 
 
 def base_table() -> torch.Tensor:
@@ -128,6 +132,13 @@ class FakeAlgorithm(CompressionAlgorithm):
 
     def load(self, artifact: Artifact) -> nn.Module:
         return TableModel(load_file(str(artifact.directory / "model.safetensors"))["table"])
+
+    def as_served(self, model: nn.Module, artifact: Artifact, source: FakeSource, client: str | None = None) -> nn.Module:
+        model.served = 1.0 if client else self.config.served
+        return model
+
+    def serving_notes(self) -> Sequence[str]:
+        return (f"A server multiplies by {self.config.served}.",) if self.config.served != 1 else ()
 
     def bits(self, artifact: Artifact) -> dict[str, float]:
         return {"codes": 2.0 * VOCABULARY**2, "scales": 0.5 * VOCABULARY**2, "parameters": VOCABULARY**2}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from transformers import AttentionInterface
 
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
-from algorithms.modeling.transforms.folding import divide_norm
 from algorithms.modeling.transforms.serving import attention_implementation
 from algorithms.parallel.ranks import ALONE, Ranks
 
@@ -42,19 +41,46 @@ class AttentionStatistics:
     queries: Tensor
     keys: Tensor
 
+    @property
+    def largest(self) -> tuple[float, float, float]:
+        """The largest query, key and value of all heads."""
+        query, key, value = (sizes.max().item() for sizes in (self.largest_query, self.largest_key, self.largest_value))
+        return query, key, value
+
+    def smoothed(self, factors: Tensor) -> AttentionStatistics:
+        """What :func:`smooth_keys` by ``factors`` [K, d] makes of queries and keys."""
+        repeated = factors.repeat_interleave(self.largest_query.shape[0] // factors.shape[0], 0)
+        return replace(
+            self,
+            largest_query=self.largest_query * repeated,
+            largest_key=self.largest_key / factors,
+            queries=self.queries * repeated[:, None],
+            keys=self.keys / factors[:, None],
+        )
+
+
+def scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products of queries [H, n, d] with keys [K, m, d], each key head's with those of its query heads, [K, H / K, n, m]."""
+    return torch.einsum("khnd,kmd->khnm", queries.view(keys.shape[0], -1, *queries.shape[1:]), keys)
+
 
 def attention_survey(
     block: nn.Module, index: int, inputs: Activations, architecture: ModelArchitecture, ranks: Ranks = ALONE
 ) -> AttentionStatistics:
-    """Run the block over ``inputs`` and look at its attention; the block stays as it is."""
+    """Run the block over ``inputs`` and look at its attention; the block stays as it is.
+
+    Infinite and NaN numbers count as nothing, and their tokens are no part of the samples.
+    """
     largest: list[Tensor] = []
     samples: list[tuple[Tensor, Tensor]] = []
     count = -(-_SAMPLED // max(1, len(inputs.batches) * ranks.size))
 
     def _see(*states: Tensor) -> None:
-        sizes = [state.abs().amax((0, 2)) for state in states]
+        sizes = [torch.where(torch.isfinite(state), state.abs(), 0).amax((0, 2)) for state in states]
         largest[:] = [torch.maximum(old, new) for old, new in zip(largest, sizes, strict=True)] if largest else sizes
         tokens = [state.transpose(0, 1).flatten(1, 2) for state in states[:2]]  # [heads, tokens, d]
+        finite = torch.stack([torch.isfinite(state.sum((0, 2))) for state in tokens]).all(0)
+        tokens = [state[:, finite] for state in tokens]
         step = max(1, tokens[0].shape[1] // count)
         samples.append((tokens[0][:, ::step][:, :count], tokens[1][:, ::step][:, :count]))
 
@@ -111,12 +137,13 @@ def of_key_heads(sizes: Tensor, count: int) -> Tensor:
 def smooth_keys(block: nn.Module, architecture: ModelArchitecture, factors: Tensor) -> None:
     """Divide keys by ``factors`` [K, d] and multiply the queries that meet them: scores stay.
 
-    Where norms follow the projections of queries and keys, they take the factors, which have to be equal in all heads; their
-    new gains are rounded to float16.
+    Where norms follow the projections of queries and keys, they take the factors, which have to be equal in all heads. The
+    factors of a rotary pair stay equal to the last bit: a gain that is rounded afterwards moves its channel alone.
     """
     if architecture.qk_norms is not None:
         query_norm, key_norm = (block.get_submodule(name) for name in architecture.qk_norms)
-        query_norm.weight *= divide_norm(key_norm, factors[0].to(key_norm.weight.device), offset=0.0)
+        query_norm.weight *= factors[0]
+        key_norm.weight /= factors[0]
         return
     queries, keys, _ = (block.get_submodule(name) for name in architecture.qkv)
     heads, width = factors.shape

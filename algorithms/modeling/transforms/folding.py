@@ -74,7 +74,7 @@ def fold(block: nn.Module, architecture: ModelArchitecture, leader: str, scales:
     """
     if leader in architecture.input_norms:
         norm = block.get_submodule(architecture.input_norms[leader])
-        scales = divide_norm(norm, scales, architecture.norm_offset)
+        scales = _divide_norm(norm, scales, architecture.norm_offset)
     else:
         feeder = block.get_submodule(architecture.feeders[leader])
         rows = feeder_rows(block, architecture, leader).to(scales.device)
@@ -86,7 +86,7 @@ def fold(block: nn.Module, architecture: ModelArchitecture, leader: str, scales:
         block.get_submodule(name).weight *= scales
 
 
-def divide_norm(norm: nn.Module, scales: Tensor, offset: float) -> Tensor:
+def _divide_norm(norm: nn.Module, scales: Tensor, offset: float) -> Tensor:
     """Divide a norm's gains (and its bias, where it has one); returns the factors [I] that the stored gains stand for."""
     before = norm.weight.double() + offset
     stored = (before / scales.double() - offset).to(_STORAGE).to(norm.weight.dtype)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.numerics.activations.rounding import fake_quantize_cache, fake_quantize_static, fake_quantize_tokens
+from algorithms.numerics.uniform import stored_scales
 
 _NAME = "bitpress-served"
 _BITS_A_BYTE = 8
@@ -63,7 +64,7 @@ class CacheQuantization:
         return first, second, third
 
     def _static(self, largest: float) -> Callable[[Tensor], Tensor]:
-        scale = torch.tensor(largest / ((1 << (self.bits - 1)) - 1))
+        scale = stored_scales(torch.tensor(largest / ((1 << (self.bits - 1)) - 1)))
         return lambda states: fake_quantize_static(states, scale.to(states.device), self.bits)
 
 

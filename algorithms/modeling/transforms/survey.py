@@ -28,6 +28,15 @@ class ChannelStatistics:
     largest: Tensor
     sample: Tensor
 
+    def reordered(self, channels: Tensor) -> ChannelStatistics:
+        """Of the same inputs, the channel [I] of each place given by its number."""
+        return ChannelStatistics(
+            hessian=self.hessian[channels][:, channels],
+            mean_size=self.mean_size[channels],
+            largest=self.largest[channels],
+            sample=self.sample[:, channels],
+        )
+
 
 def survey(
     block: nn.Module, index: int, inputs: Activations, architecture: ModelArchitecture, ranks: Ranks = ALONE

@@ -13,13 +13,14 @@ from algorithms.formats import qserve
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.rotation import RotatedSource
 from algorithms.modeling.transforms.serving import Serving
-from algorithms.quantization.lmquant.calibration import serving_of
 from algorithms.quantization.lmquant.config import LmquantConfig
+from algorithms.quantization.lmquant.consistency import qserve_obstacle
 from algorithms.quantization.lmquant.pipelines import cache_ranges, pipeline_of, setting_of
-from algorithms.quantization.lmquant.serving_notes import notes_for
+from algorithms.quantization.lmquant.serving import check_heads, notes_for, serving_of
 from algorithms.quantization.lmquant.settings import Settings
 
 QSERVE, DENSE = "qserve", "dense"
+_SERVED_INPUT_BITS = 8
 
 
 class Lmquant(CompressionAlgorithm):
@@ -47,7 +48,7 @@ class Lmquant(CompressionAlgorithm):
                 check_groups(source, weights.group_size, "llm.LMQuant.quant.wgts.group_shapes")
             if self._settings.rotation is not None:
                 _checked("llm.LMQuant.quant.enable_rotation", lambda: RotatedSource(source))
-            _checked("llm.LMQuant.quant.opts", lambda: serving_of(self._settings).check(source.config))
+            _checked("llm.LMQuant.quant.opts", lambda: check_heads(self._settings, source.config))
             if self._tunes and weights is None:
                 raise ValueError("llm.LMQuant.block_tuning: learned rounding needs codes, and quant.wgts.dtype is null.")
         if "conversion" in stages:
@@ -71,7 +72,7 @@ class Lmquant(CompressionAlgorithm):
         cache = self._settings.cache
         if client is None and cache is not None and cache.static:
             blocks = model.get_submodule(architecture.blocks).children()
-            for block, ranges in zip(blocks, cache_ranges(artifact.directory), strict=True):
+            for block, ranges in zip(blocks, cache_ranges(artifact), strict=True):
                 serving_of(self._settings, ranges).apply(block, architecture.linears, architecture)
         return model
 
@@ -89,7 +90,7 @@ class Lmquant(CompressionAlgorithm):
         reasons = {name: refusal(self._settings, name) for name in self.exports}
         weights = self._settings.weights
         if QSERVE in self.exports and reasons[QSERVE] is None and weights is not None:
-            reasons[QSERVE] = qserve.shape_refusal(linear_shapes(source), weights.group_size)
+            reasons[QSERVE] = qserve.shape_refusal(linear_shapes(source), weights.group_size, weights.bits)
         said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
         if said:
             raise ValueError("\n".join([*said, "EXPORT: [dense] holds every setting."]))
@@ -100,37 +101,19 @@ class Lmquant(CompressionAlgorithm):
 
 def refusal(settings: Settings, name: str) -> str | None:
     """Why a format cannot hold what a recipe's settings make, in a sentence; None where it can."""
-    weights = settings.weights
+    weights, inputs = settings.weights, settings.inputs
     if name == DENSE:
         return None
+    if name == QSERVE:
+        obstacle = qserve_obstacle(settings)
+        return obstacle and f"{obstacle}."
     if weights is None:
         return "its weights are codes, and quant.wgts.dtype is null."
-    if name == QSERVE:
-        return _qserve_refusal(settings)
     if weights.progressive:
         return "it has no place for scales in two levels (quant.wgts.group_scale_dtypes), which QServe alone reads."
+    if inputs is not None and inputs.bits != _SERVED_INPUT_BITS:
+        return f"no server multiplies by inputs of {inputs.bits} bits (quant.ipts.dtype); they multiply by sint8, or null."
     return setting_of(settings, weights).refusal(name)
-
-
-def _qserve_refusal(settings: Settings) -> str | None:
-    weights, inputs, smooth = settings.weights, settings.inputs, settings.smooth_xw
-    assert weights is not None
-    if weights.group_size != -1 and not weights.progressive:
-        return "QServe's groups have scales in two levels: set quant.wgts as in quant_type: g128."
-    reason = qserve.refusal(
-        bits=weights.bits,
-        symmetric=weights.symmetric,
-        group_size=weights.group_size,
-        has_column_groups=False,
-        activation_bits=None if inputs is None else inputs.bits,
-    )
-    if reason is not None:
-        return reason
-    if settings.rotation is None:
-        return "QServe takes all norms for ones, which quant.enable_rotation: true makes them."
-    if smooth is not None and not {"proj_qkv", "proj_1st"} <= set(smooth.skips):
-        return "QServe takes all norms for ones: set quant.smooth.xw.skip_proj_qkv and skip_proj_1st."
-    return None
 
 
 def _checked(key: str, check: Callable[[], object]) -> None:

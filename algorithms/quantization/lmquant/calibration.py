@@ -9,7 +9,6 @@ from torch import Tensor
 from algorithms.blockwise.coded import FreshBlock
 from algorithms.formats.plain import PlainWeight, plain
 from algorithms.modeling.architecture import ModelArchitecture
-from algorithms.modeling.transforms.serving import CacheQuantization, Serving
 from algorithms.numerics.grids.nearest_codes import nearest_codes
 from algorithms.numerics.grids.progressive import ProgressiveCodes
 from algorithms.numerics.grids.progressive_grid import fit_progressive
@@ -18,31 +17,38 @@ from algorithms.numerics.spread import Spread
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.numerics.uniform import Grid, RangeSearch, UniformCodes
 from algorithms.quantization.lmquant.preparation import Preparation
-from algorithms.quantization.lmquant.roles import role_of
-from algorithms.quantization.lmquant.settings import ROW, Settings
+from algorithms.quantization.lmquant.settings import ROW, Settings, WeightSetting, role_of
 
 _WEIGHTED = ("OutputsError", "ProductsError")
 
 
+def has_exact_products(weights: WeightSetting) -> bool:
+    """Whether QServe stores the product of scale and zero in float16: with few digits in the scale nothing of it is lost."""
+    return weights.group_size == ROW and not weights.symmetric and weights.bits <= 4
+
+
 class Coder:
-    """Prepares blocks and codes their weights as ``settings`` say."""
+    """Prepares blocks and codes their weights as ``settings`` say, which may leave linears of some roles out of a step."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._architecture: ModelArchitecture | None = None  # the one of the block that is being worked on
-        self._preparation = Preparation(settings, self._nearest, cache_of(settings))
+        self._preparation = Preparation(settings, self._nearest)
 
     def prepare(self, fresh: FreshBlock) -> Mapping[str, object]:
         """See :class:`algorithms.quantization.lmquant.preparation.Preparation`."""
-        self._architecture = fresh.architecture
         return self._preparation.prepare(fresh)
 
     def fit_uniform(
-        self, wanted: Mapping[str, Tensor], statistics: InputStatistics | None, spread: Spread
+        self,
+        wanted: Mapping[str, Tensor],
+        statistics: InputStatistics | None,
+        spread: Spread,
+        *,
+        architecture: ModelArchitecture,
     ) -> Mapping[str, UniformCodes]:
         """Uniform codes for weights [O, I] that share an input; see :class:`algorithms.blockwise.coded.Method`."""
         assert statistics is not None
-        role, hessian = self._role(wanted), statistics.hessian()
+        role, hessian = role_of(architecture, next(iter(wanted))), statistics.hessian()
         sweep = self._sweep(role)
         if self._uses_sweep(role):
             return fit_uniform(wanted, hessian, sweep)
@@ -55,22 +61,28 @@ class Coder:
         }
 
     def fit_progressive(
-        self, wanted: Mapping[str, Tensor], statistics: InputStatistics | None, spread: Spread
+        self,
+        wanted: Mapping[str, Tensor],
+        statistics: InputStatistics | None,
+        spread: Spread,
+        *,
+        architecture: ModelArchitecture,
     ) -> Mapping[str, ProgressiveCodes]:
         """Progressive codes for weights [O, I] that share an input."""
         assert statistics is not None
-        role = self._role(wanted)
+        role = role_of(architecture, next(iter(wanted)))
         return fit_progressive(wanted, statistics.hessian() if self._uses_sweep(role) else None, self._sweep(role))
 
     def keep(
-        self, wanted: Mapping[str, Tensor], statistics: InputStatistics | None, spread: Spread
+        self,
+        wanted: Mapping[str, Tensor],
+        statistics: InputStatistics | None,
+        spread: Spread,
+        *,
+        architecture: ModelArchitecture,
     ) -> Mapping[str, PlainWeight]:
         """The weights in float16."""
         return {name: plain(matrix, f"{name}.weight") for name, matrix in wanted.items()}
-
-    def _role(self, wanted: Mapping[str, Tensor]) -> str:
-        assert self._architecture is not None, "blocks are prepared before they are coded"
-        return role_of(self._architecture, next(iter(wanted)))
 
     def _uses_sweep(self, role: str) -> bool:
         return self._settings.gptq is not None and role not in self._settings.gptq.skips
@@ -88,9 +100,7 @@ class Coder:
         searched = None
         if search is not None and role not in search.skips and search.ratios != (1.0,):
             searched = RangeSearch(factors=search.ratios, degree=search.degree, weighted=search.objective in _WEIGHTED)
-        # QServe stores the product of scale and zero in float16; with few digits in the scale nothing of it is lost.
-        exact = weights.group_size == ROW and not weights.symmetric and weights.bits <= 4
-        return Grid(bits=weights.bits, symmetric=weights.symmetric, search=searched, exact_products=exact)
+        return Grid(bits=weights.bits, symmetric=weights.symmetric, search=searched, exact_products=has_exact_products(weights))
 
     def _nearest(self, matrix: Tensor) -> Tensor:
         """W as rounding to nearest would store it; itself where weights stay numbers."""
@@ -100,25 +110,3 @@ class Coder:
         size = matrix.shape[1] if weights.group_size == ROW else weights.group_size
         grid = Grid(bits=weights.bits, symmetric=weights.symmetric)
         return nearest_codes(matrix, group_size=size, grid=grid).dequantize()
-
-
-def cache_of(settings: Settings, ranges: tuple[float, float, float] | None = None) -> CacheQuantization | None:
-    """How keys and values are held; None where they stay as they are, and where static ``ranges`` are not known yet."""
-    cache = settings.cache
-    if cache is None or (cache.static and ranges is None):
-        return None
-    return CacheQuantization(
-        bits=cache.bits,
-        symmetric=cache.symmetric,
-        group_size=cache.group_size,
-        keys=not cache.skip_k,
-        values=not cache.skip_v,
-        queries=not cache.skip_q,
-        ranges=None if ranges is None else tuple(cache.ratio * largest for largest in ranges),
-    )
-
-
-def serving_of(settings: Settings, ranges: tuple[float, float, float] | None = None) -> Serving:
-    """What a server rounds besides the weights."""
-    bits = None if settings.inputs is None else settings.inputs.bits
-    return Serving(activation_bits=bits, cache=cache_of(settings, ranges))

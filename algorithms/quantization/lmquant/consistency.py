@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from algorithms.quantization.lmquant.quant_config import SIGNED, Outputs, Quant, Weights
-from algorithms.quantization.lmquant.settings import ROW, Settings
+from algorithms.quantization.lmquant.settings import ROLES, ROW, Settings
 from configs.strict import Parameters
 from configs.tree import KeyPath
 
@@ -19,6 +19,8 @@ STATIC = "[[-1, -1]] with static: true, or [[1, N]] with static: false: a scale 
 DYNAMIC = "false: with static: false, ranges are found token by token, when the model runs"
 NO_SEARCH = "strategy: Manual: a static range is the largest value in the text, times ratio"
 NOTHING = "an exponent above 0 for strategy: Manual: with two of 0 nothing is smoothed (enable_xw and enable_yx say so)"
+ALL_LINEARS = "false: formats hold all linears of a block alike; dtype: null leaves all of them as they are"
+SQUARES = "2, the power of an error of outputs; others go with objective: TensorError, which compares weights"
 TWO_RESTS = "one negative exponent at most for strategy: Manual: it stands for what the other one leaves of 1"
 
 
@@ -32,8 +34,13 @@ class Contradiction:
 
 def contradictions(quant: Quant) -> Iterator[Contradiction]:
     """What no single key shows to be wrong. Blocks that are switched off contradict nothing."""
+    for name, linears in (("wgts", quant.wgts), ("ipts", quant.ipts)):
+        if linears.dtype is not None:
+            skipped = (f"skip_{role}" for role in ROLES if linears.__dict__[f"skip_{role}"])
+            yield from (Contradiction(((name, key),), ALL_LINEARS) for key in skipped)
     if quant.wgts.dtype is not None:
         yield from _levels(quant.wgts)
+        yield from _search(quant.wgts)
     if quant.opts.dtype is not None:
         yield from _cache(quant.opts)
     smooth = quant.smooth
@@ -57,6 +64,13 @@ def _levels(wgts: Weights) -> Iterator[Contradiction]:
         yield Contradiction(tuple(("wgts", name) for name in (*wrong, "group_shapes")), LEVELS)
     elif progressive and wgts.dtype in SIGNED:
         yield Contradiction((("wgts", "dtype"), ("wgts", "group_shapes")), WHOLE_SCALES)
+
+
+def _search(wgts: Weights) -> Iterator[Contradiction]:
+    search = wgts.calib_range
+    compares_outputs = search.strategy == "GridSearch" and search.objective != "TensorError"
+    if wgts.enable_calib_range and compares_outputs and search.degree != 2:
+        yield Contradiction(tuple(("wgts", "calib_range", key) for key in ("degree", "objective", "strategy")), SQUARES)
 
 
 def _cache(opts: Outputs) -> Iterator[Contradiction]:
@@ -97,6 +111,9 @@ _SWITCHES = (
     ),
     _Switch(
         ("wgts", "calib_range"), lambda quant: not quant.wgts.enable_calib_range, "quant.wgts.enable_calib_range is false"
+    ),
+    _Switch(
+        ("wgts", "calib_range"), lambda _: True, "every group has the range that is best for it", ("granularity",)
     ),
     _Switch(("ipts", "calib_range"), lambda _: True, "ranges of inputs are found token by token, when the model runs"),
     _Switch(
@@ -156,18 +173,20 @@ def _means_something(quant: Quant, path: KeyPath) -> bool:
 
 
 def qserve_obstacle(settings: Settings) -> str | None:
-    """Why QServe has no kernel for these weights and inputs; None if it has one."""
-    weights, inputs = settings.weights, settings.inputs
+    """Why QServe cannot run what these settings make, in any model; None where it can."""
+    weights, inputs, cache, smooth = settings.weights, settings.inputs, settings.cache, settings.smooth_xw
     if weights is None:
         return "it has kernels for quantized weights (quant.wgts.dtype: zint4)"
     if inputs is None or inputs.bits != 8:
         return "it multiplies weights by inputs of 8 bits (quant.ipts.dtype: sint8)"
-    if weights.progressive and weights.bits == 4 and weights.group_size == 128:
-        return None
-    if (
-        not weights.progressive
-        and weights.group_size == ROW
-        and (weights.bits == 4 or (weights.bits == 8 and weights.symmetric))
-    ):
-        return None
-    return "its weights have 4 bits in rows or in groups of 128 with scales of sint8, or 8 bits, symmetric, in rows"
+    groups = weights.progressive and weights.bits == 4 and weights.group_size == 128
+    rows = weights.group_size == ROW and (weights.bits == 4 or (weights.bits == 8 and weights.symmetric))
+    if not groups and not rows:
+        return "its weights have 4 bits in rows or in groups of 128 with scales of sint8, or 8 bits, symmetric, in rows"
+    if cache is not None and cache.bits not in (4, 8):
+        return f"its caches have 4 or 8 bits, or 16 where quant.opts.dtype is null, and not {cache.bits}"
+    if settings.rotation is None:
+        return "it takes all norms for ones, which quant.enable_rotation: true makes them"
+    if smooth is not None and not {"proj_qkv", "proj_1st"} <= set(smooth.skips):
+        return "it takes all norms for ones: set quant.smooth.xw.skip_proj_qkv and skip_proj_1st to true"
+    return None

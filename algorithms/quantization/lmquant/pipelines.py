@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from algorithms.base import Artifact
 from algorithms.blockwise.coded import Method
 from algorithms.blockwise.pipeline import Pipeline
 from algorithms.blockwise.stages import Exporter, facts, load_checkpoint, read_json
 from algorithms.blockwise.uniform_exports import Setting, read_export
-from algorithms.blockwise.uniform_method import uniform_pipeline
+from algorithms.blockwise.uniform_method import tunable, uniform_pipeline
 from algorithms.finetuning.learned_rounding import RoundingLinear
 from algorithms.formats import plain, progressive, qserve
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
@@ -22,8 +23,9 @@ from algorithms.formats.plain import PlainWeight
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.rotation import RotatedSource
 from algorithms.numerics.grids.progressive import ProgressiveCodes
-from algorithms.quantization.lmquant.calibration import Coder, serving_of
+from algorithms.quantization.lmquant.calibration import Coder, has_exact_products
 from algorithms.quantization.lmquant.config import LmquantConfig
+from algorithms.quantization.lmquant.serving import Ranges, serving_of
 from algorithms.quantization.lmquant.settings import Settings, WeightSetting
 
 NAME = "lmquant"
@@ -43,9 +45,15 @@ def pipeline_of(config: LmquantConfig, exports: Sequence[str]) -> Pipeline[Any]:
         pipeline = uniform_pipeline(
             name=NAME, config=config, fit=coder.fit_uniform, setting=setting_of(settings, weights), exports=exports
         )
+        if has_exact_products(weights):  # of which tuned scales would lose some
+            pipeline = replace(
+                pipeline, method=replace(pipeline.method, tunable=partial(tunable, scales_are_fixed=True), tuned=_with_codes)
+            )
+    method = replace(pipeline.method, prepare=coder.prepare, serving=serving_of(settings))
     return replace(
         pipeline,
-        method=replace(pipeline.method, prepare=coder.prepare, serving=serving_of(settings)),
+        method=method,
+        method_for=lambda architecture: replace(method, fit=partial(method.fit, architecture=architecture)),
         exporters={**pipeline.exporters, "qserve": partial(_write_qserve, settings=settings)},
         read_export=_read_export,
         view=partial(_rotated, settings=settings, seed=config.seed),
@@ -63,14 +71,18 @@ def setting_of(settings: Settings, weights: WeightSetting) -> Setting:
     )
 
 
-def cache_ranges(directory: Path) -> list[tuple[float, float, float] | None]:
+def cache_ranges(artifact: Artifact) -> list[Ranges | None]:
     """The largest query, key and value of every block, None where the calibration did not look for them.
 
     Args:
-        directory: a calibration, the folder it was converted to, or a further export in it.
+        artifact: a calibration, what it was converted to, or a further export in that.
     """
-    converted = next((place for place in (directory, *directory.parents[:2]) if (place / SERVING).is_file()), None)
-    found = _block_ranges(directory) if converted is None else read_json(converted / SERVING)["cache_ranges"]
+    directory = artifact.directory
+    if artifact.kind == f"{NAME}-calibration":
+        found = _block_ranges(directory)
+    else:
+        place = next(place for place in (directory, *directory.parents[:2]) if (place / SERVING).is_file())
+        found = read_json(place / SERVING)["cache_ranges"]
     return [None if entry is None else (entry["queries"], entry["keys"], entry["values"]) for entry in found]
 
 
@@ -106,7 +118,9 @@ def _read_export(directory: Path) -> nn.Module:
 def _write_qserve(calibrated: Calibrated, directory: Path, settings: Settings) -> None:
     weights, cache = settings.weights, settings.cache
     assert weights is not None
-    described = qserve.quantization_config(group_size=weights.group_size, kv_bits=16 if cache is None else cache.bits)
+    described = qserve.quantization_config(
+        bits=weights.bits, group_size=weights.group_size, kv_bits=16 if cache is None else cache.bits
+    )
     write_checkpoint(calibrated, directory, qserve.repacked, described)
 
 
@@ -118,7 +132,7 @@ def _progressive_pipeline(config: LmquantConfig, coder: Coder, exports: Sequence
         dense_state=progressive.dense_state,
         stored_bits=progressive.stored_bits,
         tunable=_tunable,
-        tuned=lambda linear, before: replace(before, codes=linear.current_codes()),
+        tuned=_with_codes,
         join=ProgressiveCodes.joined,
     )
     dense: Exporter = partial(write_dense, dense_state=progressive.dense_state)
@@ -136,6 +150,11 @@ def _tunable(weight: ProgressiveCodes, target: Tensor, bias: Tensor | None) -> R
         bias=bias,
         scales_are_fixed=True,
     )
+
+
+def _with_codes(linear: RoundingLinear, before: Any) -> Any:  # noqa: ANN401 - either kind of codes
+    """The stored weight of a tuned linear whose scales stay."""
+    return replace(before, codes=linear.current_codes())
 
 
 def _plain_pipeline(config: LmquantConfig, coder: Coder, exports: Sequence[str]) -> Pipeline[PlainWeight]:

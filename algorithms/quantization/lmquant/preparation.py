@@ -1,12 +1,11 @@
 """What QoQ does to a block before its weights are coded: another order of channels, smoothed inputs, smoothed keys.
 
-Legend: I input channels of a group, O rows of its linears, K heads of keys, d channels a head.
+Legend: I input channels of a group, O rows of its linears, H query heads, K heads of keys, d channels a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,20 +16,21 @@ from algorithms.modeling.transforms.attention import (
     attention_survey,
     of_key_heads,
     of_pairs,
+    scores,
     smooth_keys,
 )
 from algorithms.modeling.transforms.folding import can_fold, feeder_rows, fold, largest_shared
 from algorithms.modeling.transforms.reorder import SEQUENTIAL, TRANSPOSE, Order, channel_order, reorder
-from algorithms.modeling.transforms.serving import CacheQuantization
 from algorithms.modeling.transforms.survey import ChannelStatistics, survey
 from algorithms.numerics.activations.rounding import fake_quantize_tokens
 from algorithms.numerics.codebooks.additive import quadratic_error
 from algorithms.numerics.grids.channel_scales import some_rows
 from algorithms.parallel.ranks import moved
-from algorithms.quantization.lmquant.roles import role_of
-from algorithms.quantization.lmquant.settings import Settings
+from algorithms.quantization.lmquant.serving import cache_of
+from algorithms.quantization.lmquant.settings import ROW, Settings, role_of
 
 CPU = torch.device("cpu")
+AS_IT_IS = "as it is"
 _SMALLEST = 1e-5  # of a size whose power is taken
 
 Rounded = Callable[[Tensor], Tensor]
@@ -39,14 +39,15 @@ Rounded = Callable[[Tensor], Tensor]
 class Preparation:
     """Changes a block in the order reorder, xw, yx; the rotation is the source's.
 
+    What ranks choose between is compared on each of them, in an arithmetic of its own; rank 0's choice counts.
+
     Args:
         settings: of the recipe.
         rounded: W [O, I] as its codes would have it, by rounding to nearest.
-        cache: how keys are held; None where they are not quantized.
     """
 
-    def __init__(self, settings: Settings, rounded: Rounded, cache: CacheQuantization | None) -> None:
-        self._settings, self._rounded, self._cache = settings, rounded, cache
+    def __init__(self, settings: Settings, rounded: Rounded) -> None:
+        self._settings, self._rounded = settings, rounded
 
     def prepare(self, fresh: FreshBlock) -> Mapping[str, object]:
         """Change the block; returns what was chosen, by the first linear of each group."""
@@ -64,42 +65,39 @@ class Preparation:
             if settings.smooth_yx is not None:
                 report["smooth_yx"], statistics = self._smooth_keys(fresh, statistics)
             if static:
-                report["cache_ranges"] = _ranges(statistics)
+                names = ("queries", "keys", "values")
+                report["cache_ranges"] = dict(zip(names, statistics.largest, strict=True))
         return report
 
     def _reorder(self, fresh: FreshBlock, found: dict[str, ChannelStatistics]) -> Mapping[str, str]:
         settings, weights = self._settings.reorder, self._settings.weights
         assert settings is not None
+        searches = settings.strategy == "GridSearch"
         chosen = {}
         for leader in fresh.architecture.feeders:
             if role_of(fresh.architecture, leader) in settings.skips:
                 continue
-            statistics, group_size = found[leader], weights.group_size if weights is not None else -1
+            statistics = found[leader]
             width = statistics.largest.shape[0]
+            group_size = width if weights is None or weights.group_size == ROW else weights.group_size
             orders = {
                 index: channel_order(
-                    fresh.block,
-                    fresh.architecture,
-                    leader,
-                    statistics.largest,
-                    index=index,
-                    group_size=width if group_size == -1 else group_size,
+                    fresh.block, fresh.architecture, leader, statistics.largest, index=index, group_size=group_size
                 )
-                for index in ((SEQUENTIAL, TRANSPOSE) if settings.strategy == "GridSearch" else (settings.index,))
+                for index in ((SEQUENTIAL, TRANSPOSE) if searches else (settings.index,))
             }
-            index = settings.index if settings.strategy != "GridSearch" else self._best_order(fresh, leader, statistics, orders)
-            index, order = fresh.ranks.from_main((index, moved(orders.get(index), CPU)))
-            chosen[leader] = index
+            index = self._best_order(fresh, leader, statistics, orders) if searches else settings.index
+            chosen[leader], order = fresh.ranks.from_main((index, moved(orders.get(index), CPU)))
             if order is not None:
                 order = moved(order, statistics.largest.device)
                 reorder(fresh.block, fresh.architecture, leader, order)
-                found[leader] = _reordered(statistics, order)
+                found[leader] = statistics.reordered(order.channels)
         return chosen
 
     def _best_order(self, fresh: FreshBlock, leader: str, statistics: ChannelStatistics, orders: Mapping[str, Order]) -> str:
         """The order in which rounding costs least; ``as it is`` where none is better than the model's own."""
         matrix = some_rows(fresh.block.get_submodule(leader).weight)
-        losses = {"as it is": quadratic_error(self._rounded(matrix) - matrix, statistics.hessian)}
+        losses = {AS_IT_IS: quadratic_error(self._rounded(matrix) - matrix, statistics.hessian)}
         for index, order in orders.items():
             moved_matrix = matrix[:, order.channels]
             metric = statistics.hessian[order.channels][:, order.channels]
@@ -154,62 +152,41 @@ class Preparation:
     ) -> tuple[Mapping[str, float], AttentionStatistics]:
         settings = self._settings.smooth_yx
         assert settings is not None
-        heads = statistics.largest_key.shape[0]
         keys = of_pairs(statistics.largest_key)
-        queries = of_pairs(of_key_heads(statistics.largest_query, heads))
+        queries = of_pairs(of_key_heads(statistics.largest_query, keys.shape[0]))
         if fresh.architecture.qk_norms is not None:  # one gain serves all heads
             keys, queries = (sizes.amax(0, keepdim=True).expand_as(sizes) for sizes in (keys, queries))
-        pair = settings.candidates[0]
-        if len(settings.candidates) > 1 and self._cache is not None:
-            pair = min(
-                settings.candidates, key=lambda pair: self._score_error(statistics, smoothing_factors(keys, queries, *pair))
-            )
+        pair = self._best_key_pair(settings.candidates, statistics, keys, queries)
         factors, pair = fresh.ranks.from_main((moved(smoothing_factors(keys, queries, *pair), CPU), pair))
         factors = factors.to(keys.device)
         smooth_keys(fresh.block, fresh.architecture, factors)
-        repeated = factors.repeat_interleave(statistics.largest_query.shape[0] // heads, 0)
-        statistics = replace(
-            statistics,
-            largest_key=statistics.largest_key / factors,
-            largest_query=statistics.largest_query * repeated,
-        )
-        return {"alpha": pair[0], "beta": pair[1]}, statistics
+        return {"alpha": pair[0], "beta": pair[1]}, statistics.smoothed(factors)
 
-    def _score_error(self, statistics: AttentionStatistics, factors: Tensor) -> float:
-        """How far scores of queries with quantized keys are from those with keys as they are, over all pairs of tokens."""
-        assert self._cache is not None
-        assert self._settings.smooth_yx is not None
-        heads = factors.shape[0]
-        keys = statistics.keys / factors[:, None]
-        error = self._cache.quantize(keys[None])[0] - keys
-        queries = statistics.queries.view(heads, -1, *statistics.queries.shape[1:]) * factors[:, None, None]
-        return _power(torch.einsum("khnd,kmd->khnm", queries, error), self._settings.smooth_yx.degree)
+    def _best_key_pair(
+        self, candidates: Sequence[tuple[float, float]], statistics: AttentionStatistics, keys: Tensor, queries: Tensor
+    ) -> tuple[float, float]:
+        """The exponents with which scores of rounded keys and queries are nearest to those of neither, over pairs of tokens."""
+        cache, smoothing = self._settings.cache, self._settings.smooth_yx
+        if len(candidates) == 1 or cache is None or (cache.skip_k and cache.skip_q):
+            return candidates[0]
+        assert smoothing is not None
+        wanted = scores(statistics.queries, statistics.keys)
+
+        def _loss(pair: tuple[float, float]) -> float:
+            smoothed = statistics.smoothed(smoothing_factors(keys, queries, *pair))
+            held = cache_of(self._settings, smoothed.largest if cache.static else None)
+            assert held is not None
+            query, key, _ = held.held(smoothed.queries[None], smoothed.keys[None], smoothed.keys[None])
+            return _power(scores(query[0], key[0]) - wanted, smoothing.degree)
+
+        return min(candidates, key=_loss)
 
 
 def smoothing_factors(first: Tensor, second: Tensor, alpha: float, beta: float) -> Tensor:
-    """a^alpha / b^beta, with 1 where that is nothing or has no limit (section 8.5 of LMQuant's scheme)."""
+    """a^alpha / b^beta; 1 where either side shows nothing, of which nothing can be learned."""
     factors = first.clamp(min=_SMALLEST) ** alpha / second.clamp(min=_SMALLEST) ** beta
-    return torch.where(torch.isfinite(factors) & (factors > 0), factors, torch.ones_like(factors))
+    return torch.where((first > 0) & (second > 0) & torch.isfinite(factors), factors, torch.ones_like(factors))
 
 
 def _power(difference: Tensor, degree: float) -> float:
     return difference.double().abs().pow(degree).sum().item()
-
-
-def _reordered(statistics: ChannelStatistics, order: Order) -> ChannelStatistics:
-    channels = order.channels
-    return ChannelStatistics(
-        hessian=statistics.hessian[channels][:, channels],
-        mean_size=statistics.mean_size[channels],
-        largest=statistics.largest[channels],
-        sample=statistics.sample[:, channels],
-    )
-
-
-def _ranges(statistics: AttentionStatistics) -> Mapping[str, float]:
-    """The largest query, key and value, for a cache whose range is known beforehand."""
-    return {
-        "queries": statistics.largest_query.max().item(),
-        "keys": statistics.largest_key.max().item(),
-        "values": statistics.largest_value.max().item(),
-    }

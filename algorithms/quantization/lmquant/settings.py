@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.quantization.lmquant import quant_config
 from algorithms.quantization.lmquant.quant_config import Quant
 
@@ -28,7 +29,6 @@ class WeightSetting:
     symmetric: bool
     group_size: int
     progressive: bool
-    skips: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,6 @@ class ActivationSetting:
     """Inputs of linears: symmetric, one scale for each token."""
 
     bits: int
-    skips: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +58,9 @@ class CacheSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class RangeSearch:
-    """Which shares of the largest value a weight grid may reach. A fixed one is a search of ``num_grids`` 0."""
+    """Which shares of the largest value a weight grid may reach, group by group. A fixed one is a search of ``num_grids`` 0."""
 
     objective: str
-    granularity: str
     degree: float
     num_grids: int
     max_shrink: float
@@ -142,6 +140,17 @@ class Settings:
     smooth_yx: Smoothing | None
 
 
+def role_of(architecture: ModelArchitecture, name: str) -> str:
+    """The role of a linear, by its path in a block."""
+    leader = next(group[0] for group in architecture.input_groups if name in group)
+    queries, _, values = architecture.qkv
+    if leader == queries:
+        return "proj_qkv"
+    if architecture.feeders.get(leader) == values:
+        return "proj_out"
+    return "proj_1st" if leader in architecture.input_norms else "proj_2nd"
+
+
 def candidates(alpha: float, beta: float, num_grids: int) -> tuple[tuple[float, float], ...]:
     """The pairs of exponents that ``alpha`` and ``beta`` of a smoothing stand for.
 
@@ -182,7 +191,7 @@ def resolve(quant: Quant) -> Settings:
     keys_and_queries = quant.enable_smooth and smooth.enable_yx and not smooth.yx.skip_attn_qk
     return Settings(
         weights=_weights(quant.wgts),
-        inputs=None if quant.ipts.dtype is None else ActivationSetting(bits=_bits(quant.ipts.dtype), skips=_skips(quant.ipts)),
+        inputs=None if quant.ipts.dtype is None else ActivationSetting(bits=_bits(quant.ipts.dtype)),
         cache=_cache(quant.opts),
         range_search=_range_search(quant.wgts),
         gptq=_gptq(quant.wgts),
@@ -214,7 +223,6 @@ def _weights(wgts: quant_config.Weights) -> WeightSetting | None:
         symmetric=wgts.dtype in quant_config.SIGNED,
         group_size=wgts.group_shapes[-1][1],
         progressive=len(wgts.group_shapes) == 2,
-        skips=_skips(wgts),
     )
 
 
@@ -239,12 +247,11 @@ def _range_search(wgts: quant_config.Weights) -> RangeSearch | None:
         return None
     if search.strategy == "Manual":  # the other keys have no effect, so recipes that differ in them are the same
         return RangeSearch(
-            objective="TensorError", granularity="Group", degree=2.0, num_grids=0, max_shrink=1.0, max_expand=1.0,
-            ratio=search.ratio, skips=_skips(search),
+            objective="TensorError", degree=2.0, num_grids=0, max_shrink=1.0, max_expand=1.0, ratio=search.ratio,
+            skips=_skips(search),
         )  # fmt: skip
     return RangeSearch(
         objective=search.objective,
-        granularity=search.granularity,
         degree=search.degree,
         num_grids=search.num_grids,
         max_shrink=search.max_shrink,

