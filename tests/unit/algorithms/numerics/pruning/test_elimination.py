@@ -66,7 +66,6 @@ def test_several_that_go_at_once_cost_about_what_they_cost_one_by_one(monkeypatc
     monkeypatch.setattr(elimination, "_ROUNDS", 20)
     at_once = removal_losses(matrix, covariance, width=1, ridge=0.01)
     assert torch.corrcoef(torch.stack([one_by_one.log(), at_once.log()]))[0, 1] > 0.95
-    assert len(set(at_once.tolist())) == 60
 
 
 def test_rounding_that_leaves_a_covariance_indefinite_is_no_obstacle():
