@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic
 
@@ -29,8 +29,8 @@ class Pipeline(Generic[Weight]):
     """A method with codes.
 
     ``config`` holds the keys of the recipe, ``method`` the mathematics, ``version`` changes with it. ``exporters`` write a
-    calibration as each format; ``read_export`` reads a folder of the first format back, without its client. ``needs_text`` is
-    false where nothing of the result depends on data.
+    calibration as each format, which depends on ``export_settings`` beside the calibration; ``read_export`` reads a folder of
+    the first format back, without its client. ``needs_text`` is false where nothing of the result depends on data.
     """
 
     config: BlockwiseParameters
@@ -39,6 +39,7 @@ class Pipeline(Generic[Weight]):
     exporters: Mapping[str, stages.Exporter]
     read_export: Callable[[Path], nn.Module]
     needs_text: bool = True
+    export_settings: Mapping[str, object] = field(default_factory=dict)
     version: int = 1
 
     @property
@@ -72,7 +73,7 @@ class Pipeline(Generic[Weight]):
                 run=self._convert,
                 directory="converted",
                 kind=f"{self.method.name}-conversion",
-                settings={"exports": list(self.exports)},
+                settings={"exports": list(self.exports), **self.export_settings},
             ),
         )
 
