@@ -151,9 +151,7 @@ class ScaleSearch:
     def _leave_alone(self, group: tuple[str, ...]) -> None:
         if group[0] not in self._left_alone:
             self._left_alone.add(group[0])
-            logger.info(
-                "%s: no norm or linear before takes factors, so their input channels stay as they are", ", ".join(group)
-            )
+            logger.info("%s: nothing before takes factors, so the input channels stay as they are", ", ".join(group))
 
 
 def _judged(inputs: Activations, block: nn.Module, index: int) -> tuple[Activations, Activations]:
