@@ -11,7 +11,7 @@ from algorithms.modeling.source import ModelSource
 from tests.support.models import save_family
 
 FACTOR = 30.0
-LOUD = 3  # channels of each norm
+LOUD = 6  # channels of each norm
 
 
 def plant(source: ModelSource, folder: Path) -> ModelSource:

@@ -141,7 +141,7 @@ def test_by_columns_it_is_about_as_good_as_the_best_ratio_on_real_tokens(tmp_pat
         if group[0] in fresh.architecture.input_norms:
             assert errors[found["factors"]] < 1.1 * min(errors.values())
             assert errors[found["factors"]] < 0.7 * errors["none"]
-            assert found["error_share"] == pytest.approx(errors[found["factors"]] / errors["none"], rel=0.1)
+            assert found["error_share"] == pytest.approx(errors[found["factors"]] / errors["none"], rel=0.2)
         fold(fresh.block, fresh.architecture, group[0], candidates[found["factors"]])
 
 
