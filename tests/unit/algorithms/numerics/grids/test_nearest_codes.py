@@ -32,7 +32,7 @@ def _brute(values, metric, grid):
     return best
 
 
-def _check(matrix, found, metric, group_size, grid, measured=None):
+def _assert_best(matrix, found, metric, group_size, grid, measured=None):
     measured = measured or group_size
     for row in range(matrix.shape[0]):
         for group in range(matrix.shape[1] // group_size):
@@ -57,7 +57,7 @@ def test_no_range_and_no_code_is_better(bits, symmetric, group_size, measures):
     grid = _grid(bits=bits, symmetric=symmetric)
     found = nearest_codes(matrix, group_size=group_size, grid=grid, metric=hessian if measures else None)
     assert found.group_size == group_size
-    _check(matrix, found, hessian if measures else torch.eye(12), group_size, grid)
+    _assert_best(matrix, found, hessian if measures else torch.eye(12), group_size, grid)
 
 
 def test_ranges_are_measured_with_what_other_columns_do():
@@ -71,7 +71,7 @@ def test_wide_groups_are_measured_in_runs(monkeypatch):
     monkeypatch.setattr(module, "_MEASURED", 5)
     matrix, hessian = problem(5, 24, seed=4)
     found = nearest_codes(matrix, group_size=12, grid=_grid(), metric=hessian)
-    _check(matrix, found, hessian, 12, _grid(), measured=4)
+    _assert_best(matrix, found, hessian, 12, _grid(), measured=4)
 
 
 @pytest.mark.parametrize("elements", [1, 100, 1 << 20])
