@@ -66,7 +66,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: Con
         parameters = _validated(document, algorithm.config, algorithm.parameters(), (BLOCK, algorithm.key), algorithm)
     if document.problems or recipe is None or parameters is None:
         raise RecipeError(sorted(document.problems, key=lambda problem: (problem.file == COMMAND_LINE, problem.line or 0)))
-    own = parameters.warnings(f"{BLOCK}.{algorithm.key}.")
+    prefix = f"{BLOCK}.{algorithm.key}."
+    own = (*parameters.warnings(prefix), *parameters.export_warnings(recipe.export, prefix))
     warnings = (*legacy_warnings(values, recipe), *algorithm.warnings(), *own)
     return LoadedRecipe(
         recipe=recipe, parameters=parameters, resolved=values, file=path, warnings=warnings, overrides=tuple(overrides)

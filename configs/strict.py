@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,6 +72,10 @@ class AlgorithmParameters(Parameters):
     def runs_alone(self) -> bool:
         """Whether no stage can be shared, so that several devices start no further processes."""
         return False
+
+    def export_warnings(self, exports: Sequence[str], prefix: str = "") -> tuple[str, ...]:
+        """One line for each key that the recipe sets and that has no effect on these formats; none named is the default."""
+        return ()
 
     def memory_remedies(self) -> tuple[str, ...]:
         """Overrides (``KEY=VALUE``, below the algorithm's block) that need less memory, gentlest first."""

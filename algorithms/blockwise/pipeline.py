@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic
 
@@ -30,10 +30,11 @@ class Pipeline(Generic[Weight]):
     """A method with codes.
 
     ``config`` holds the keys of the recipe, ``method`` the mathematics, ``version`` changes with it. ``exporters`` write a
-    calibration as each format; ``read_export`` reads a folder of the first format back, without its client. ``needs_text`` is
-    false where nothing of the result depends on data. ``method_for`` gives the method for a model in whose blocks it treats
-    linears of some places in another way. ``view`` is the model that is compressed, seen from that of the job: the
-    same function with other weights. ``extras`` are further files of the output, name -> JSON, from the calibration's folder.
+    calibration as each format, which depends on ``export_settings`` beside the calibration; ``read_export`` reads a folder of
+    the first format back, without its client. ``needs_text`` is false where nothing of the result depends on data.
+    ``method_for`` gives the method for a model in whose blocks it treats linears of some places in another way. ``view`` is the
+    model that is compressed, seen from that of the job: the same function with other weights. ``extras`` are further files of
+    the output, name -> JSON, from the calibration's folder.
     """
 
     config: BlockwiseParameters
@@ -42,6 +43,7 @@ class Pipeline(Generic[Weight]):
     exporters: Mapping[str, stages.Exporter]
     read_export: Callable[[Path], nn.Module]
     needs_text: bool = True
+    export_settings: Mapping[str, object] = field(default_factory=dict)
     version: int = 1
     method_for: Callable[[ModelArchitecture], Method[Weight]] | None = None
     view: Callable[[ModelSource], ModelSource] = lambda source: source
@@ -78,7 +80,7 @@ class Pipeline(Generic[Weight]):
                 run=self._convert,
                 directory="converted",
                 kind=f"{self.method.name}-conversion",
-                settings={"exports": list(self.exports)},
+                settings={"exports": list(self.exports), **self.export_settings},
             ),
         )
 

@@ -167,6 +167,22 @@ def write_outside(source: ModelSource, directory: Path, tensors: Mapping[str, Te
     atomic_write_json(directory / "config.json", source.raw_config())
 
 
+def hand_on(calibrated: Calibrated, directory: Path) -> None:
+    """A calibration once more, as it is, in another folder."""
+    store = BlockStore(directory)
+    for index, tensors in calibrated.blocks():
+        store.save(index, tensors, {"index": index})
+    write_outside(calibrated.source, directory, calibrated.outside())
+
+
+def is_complete(directory: Path, report: str, num_blocks: int) -> bool:
+    """Whether a folder in the layout of a calibration has everything, its ``report``, which is written last, included."""
+    if not all((directory / name).is_file() for name in (report, OUTSIDE, "config.json")):
+        return False
+    store = BlockStore(directory)
+    return all(store.load(index) is not None for index in range(num_blocks))
+
+
 def _note(index: int, report: Mapping[str, object]) -> str:
     error = report.get("output_error")
     return f"block {index + 1}" + (f", output error {error:.2%}" if isinstance(error, float) else "")

@@ -20,7 +20,8 @@ class UniformAlgorithm(CompressionAlgorithm):
     """Stages calibration and conversion.
 
     A plugin says what its recipe's codes are like (``setting``) and how they are made (``pipeline``). Without an export in the
-    recipe, the first format that holds the codes is written. ``group_key`` is the recipe's key of the group size.
+    recipe, the first of the ``preferred`` formats that holds the codes is written. ``group_key`` is the recipe's key of the
+    group size.
     """
 
     formats = FORMATS
@@ -28,13 +29,18 @@ class UniformAlgorithm(CompressionAlgorithm):
 
     def __init__(self, config: BlockwiseParameters, exports: Sequence[str] = ()) -> None:
         self._setting = self.setting(config)
-        super().__init__(config, exports or (self._setting.first_format(),))
+        super().__init__(config, exports or (self._setting.first_format(self.preferred(self._setting)),))
         self._pipeline = self.pipeline(config, self._setting)
 
     @staticmethod
     @abstractmethod
     def setting(config: BlockwiseParameters) -> Setting:
         """What decides which formats can hold the codes."""
+
+    @classmethod
+    def preferred(cls, setting: Setting) -> Sequence[str]:
+        """The formats in the order in which they are tried where the recipe names none."""
+        return cls.formats
 
     @abstractmethod
     def pipeline(self, config: BlockwiseParameters, setting: Setting) -> Pipeline[UniformCodes]:

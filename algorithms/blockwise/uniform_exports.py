@@ -37,6 +37,8 @@ class Setting:
     """What decides how codes can be stored. ``group_size`` -1 is the whole row; ``has_column_groups``: see UniformCodes.
 
     ``activation_bits`` are those to which inputs of linears are rounded, token by token; None where they stay as they are.
+    ``awq_version`` is the layout within AWQ's, of :data:`algorithms.formats.awq.VERSIONS`. ``spelling`` has pairs of words:
+    what refusals say, which is GPTQ's keys, and what the recipe has for it.
     """
 
     bits: int
@@ -44,6 +46,8 @@ class Setting:
     group_size: int
     has_column_groups: bool = False
     activation_bits: int | None = None
+    awq_version: str = "gemm"
+    spelling: tuple[tuple[str, str], ...] = ()
 
     def refusal(self, name: str) -> str | None:
         """Why a format cannot hold codes of this setting, in a sentence; None where it can."""
@@ -54,20 +58,23 @@ class Setting:
                 f"its readers have no way to round activations to {self.activation_bits} bits: they would serve another model "
                 "than the one that is evaluated."
             )
-        return _REFUSALS[name](
+        reason = _REFUSALS[name](
             bits=self.bits,
             symmetric=self.symmetric,
             group_size=self.group_size,
             has_column_groups=self.has_column_groups,
         )
+        for word, ours in self.spelling if reason is not None else ():
+            reason = reason.replace(word, ours)
+        return reason
 
-    def first_format(self) -> str:
-        """The first format that can hold the codes."""
-        return next(name for name in FORMATS if self.refusal(name) is None)
+    def first_format(self, formats: Sequence[str] = FORMATS) -> str:
+        """The first of the formats that can hold the codes; ``dense`` holds any."""
+        return next(name for name in formats if self.refusal(name) is None)
 
 
-def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource, awq_version: str = "gemm") -> None:
-    """Refuse formats that cannot hold what the recipe asks for; ``awq_version``: as in :func:`exporters`.
+def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource) -> None:
+    """Refuse formats that cannot hold what the recipe asks for.
 
     Raises:
         ValueError: names every such format, with its reason.
@@ -78,19 +85,26 @@ def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource,
     for name in {"gptq", "auto-round"} & reasons.keys():
         reasons[name] = reasons[name] or gptq.shape_refusal(linear_shapes(source))
     if "awq" in exports:
-        reasons["awq"] = reasons["awq"] or awq.shape_refusal(linear_shapes(source), awq_version)
+        reasons["awq"] = reasons["awq"] or _awq_shape_refusal(setting.awq_version, linear_shapes(source))
     said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if said:
         raise ValueError("\n".join([*said, "EXPORT: [dense] holds every setting."]))
 
 
-def exporters(setting: Setting, awq_version: str = "gemm") -> Mapping[str, Exporter]:
-    """The writer of every format; ``awq_version`` is the layout within AWQ's: ``gemm``, ``gemv`` or ``gemv_fast``."""
+def _awq_shape_refusal(version: str, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """Why matrices of these shapes cannot be written in a version of AWQ's layout, and which version has a place for them."""
+    reason = awq.shape_refusal(shapes, version)
+    fitting = [other.upper() for other in awq.VERSIONS if awq.shape_refusal(shapes, other) is None]
+    return f"{reason} VERSION: {fitting[0]} has a place for them." if reason is not None and fitting else reason
+
+
+def exporters(setting: Setting) -> Mapping[str, Exporter]:
+    """The writer of every format."""
     return {
         "compressed-tensors": partial(_write_compressed_tensors, setting=setting),
         "gptq": partial(_write_gptq, setting=setting),
         "auto-round": partial(_write_auto_round, setting=setting),
-        "awq": partial(_write_awq, setting=setting, version=awq_version),
+        "awq": partial(_write_awq, setting=setting),
         "gguf": _write_gguf,
         "dense": partial(write_dense, dense_state=uniform.dense_state),
     }
@@ -168,14 +182,15 @@ def _write_auto_round(calibrated: Calibrated, directory: Path, setting: Setting)
     write_checkpoint(calibrated, directory, partial(_repacked, pack=pack), settings)
 
 
-def _write_awq(calibrated: Calibrated, directory: Path, setting: Setting, version: str) -> None:
+def _write_awq(calibrated: Calibrated, directory: Path, setting: Setting) -> None:
     settings = awq.quantization_config(
         bits=setting.bits,
         group_size=setting.group_size,
-        version=version,
+        version=setting.awq_version,
         kept_modules=(calibrated.source.architecture.head,),
     )
-    write_checkpoint(calibrated, directory, partial(_repacked, pack=partial(awq.pack, version=version)), settings)
+    pack = partial(awq.pack, version=setting.awq_version)
+    write_checkpoint(calibrated, directory, partial(_repacked, pack=pack), settings)
 
 
 def _write_gguf(calibrated: Calibrated, directory: Path) -> None:

@@ -50,6 +50,7 @@ def uniform_pipeline(
         exporters=exporters(setting),
         read_export=read_export,
         needs_text=needs_text,
+        export_settings={"awq_version": setting.awq_version} if "awq" in exports else {},
     )
 
 

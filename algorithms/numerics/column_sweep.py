@@ -99,6 +99,23 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
     return Factor(upper=diagonal.rsqrt().diag().float(), hessian=diagonal.diag().float(), damping=math.inf)
 
 
+def column_costs(hessian: Tensor, damping: float) -> Tensor:
+    """What a squared error in each column costs once all later ones make up for it: 1 / U_jj^2, [I] float32.
+
+    The squared diagonal of the Cholesky factor that :func:`inverse_factor` inverts, in float32: an estimate, for choices that
+    come before a sweep. Where H cannot be factored, its diagonal, which is the cost when nothing makes up for anything.
+
+    Args:
+        hessian: H [I, I], columns in the order of the sweep.
+        damping: share of the mean diagonal.
+    """
+    damped = hessian.flip(0, 1)
+    damped.diagonal().add_(damping * hessian.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    costs = lower.diagonal().flip(0).square()
+    return hessian.diagonal().clone() if failed or not torch.isfinite(costs).all() else costs
+
+
 def sweep(columns: Tensor, factor: Factor | None, quantizer: ColumnQuantizer) -> Tensor:
     """Quantize every column once, from the first to the last.
 

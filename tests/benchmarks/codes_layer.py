@@ -1,9 +1,10 @@
-"""What GPTQ and SpQR need for one layer of real size, and the error they leave, on one thread.
+"""What GPTQ, AWQ and SpQR need for one layer of real size, and the error they leave, on one thread.
 
     python -m tests.benchmarks.codes_layer [--size 4096]
 
 The Hessian comes from correlated inputs whose spectrum falls over five decades. Prints CPU seconds of the fit (factor, sweep,
-refinement) and the relative error of the outputs, beside rounding to nearest with the same bits and groups.
+refinement) and the relative error of the outputs, beside rounding to nearest with the same bits and groups. Of AWQ's search,
+which comes before its codes, the seconds alone, and what share of the error its factors leave.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import time
 import torch
 from torch import Tensor
 
+from algorithms.modeling.transforms.survey import ChannelStatistics
 from algorithms.numerics.statistics import InputStatistics
+from algorithms.quantization.awq.calibration import fit as fit_awq
+from algorithms.quantization.awq.config import AwqConfig
+from algorithms.quantization.awq.search import ScaleSearch
 from algorithms.quantization.gptq.calibration import fit as fit_gptq
 from algorithms.quantization.gptq.config import GptqConfig
 from algorithms.quantization.rtn.calibration import fit as fit_rtn
@@ -47,6 +52,7 @@ def main() -> None:
     fits = {
         "GPTQ 4 bit g128": lambda: fit_gptq({"w": matrix}, statistics, GptqConfig(bits=4)),
         "GPTQ 3 bit g128": lambda: fit_gptq({"w": matrix}, statistics, GptqConfig(bits=3)),
+        "AWQ 3 bit g128, gptq: false": lambda: fit_awq({"w": matrix}, statistics, AwqConfig(bits=3, gptq=False)),
         "RTN 3 bit g128": lambda: fit_rtn({"w": matrix}, RtnConfig(bits=3)),
         "SpQR 3 bit g16": lambda: fit_spqr({"w": matrix}, statistics, SpqrConfig(bits=3)),
         "SpQR 3 bit g16, 4.1 bits": lambda: fit_spqr({"w": matrix}, statistics, SpqrConfig(bits=3, target_bits=4.1)),
@@ -57,8 +63,15 @@ def main() -> None:
         seconds = time.process_time() - started
         difference = matrix - weight.dequantize()
         error = torch.sum((difference @ hessian) * difference) / power
-        sys.stdout.write(f"{name:26} {seconds:6.1f} CPU s   relative error {error:.5f}\n")
+        sys.stdout.write(f"{name:28} {seconds:6.1f} CPU s   relative error {error:.5f}\n")
         sys.stdout.flush()
+    sizes = hessian.diagonal().sqrt() * (2 / torch.pi) ** 0.5  # mean |x| of Gaussian inputs
+    channels = ChannelStatistics(hessian=hessian, mean_size=sizes, largest=4 * sizes)
+    for name, config in (("AWQ's search", AwqConfig(bits=3)), ("AWQ's search, gptq: false", AwqConfig(bits=3, gptq=False))):
+        started = time.process_time()
+        chosen = ScaleSearch(config).best([matrix], channels)
+        seconds, share = time.process_time() - started, chosen.loss / chosen.plain_loss
+        sys.stdout.write(f"{name:28} {seconds:6.1f} CPU s   {chosen.candidate.label} leaves {share:.2f} of the error\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Perplexity, bits and cost of RTN, GPTQ and SpQR, for the settings of the plugins' READMEs.
+"""Perplexity, bits and cost of RTN, GPTQ, AWQ and SpQR, for the settings of the plugins' READMEs.
 
     python -m tests.benchmarks.codes_perplexity --model DIR --tokens FILE.pt --text NAME=FILE [--text ...] \
         [--setting "GPTQ wbits=3 groupsize=128 sym=false" ...] [--seed 0] [--skip 0] [KEY=VALUE ...]
@@ -29,6 +29,9 @@ SETTINGS = (
     *(line.format("GPTQ") for line in UNIFORM),
     *(line.format("RTN") for line in UNIFORM),
     *(f"{line.format('GPTQ')} block_tuning={{}}" for line in UNIFORM),
+    "AutoAWQ W_BIT=4",
+    "AutoAWQ W_BIT=3",
+    "AutoAWQ W_BIT=3 gptq=false",
     "SpQR wbits=4",
     "SpQR wbits=3",
     "SpQR wbits=2 target_bits=4.5",

@@ -1,7 +1,8 @@
 """Factors for input channels that make a matrix easier to round: AWQ's search (arXiv 2306.00978), without a forward.
 
-W x = (W diag(s)) (diag(s)^-1 x): rounding W diag(s) instead of W moves the error from loud channels to quiet ones. What a
-candidate costs is a quadratic form, <dW H, dW> for dW = round(W diag(s)) diag(s)^-1 - W: no token is looked at again.
+W x = (W diag(s)) (diag(s)^-1 x): rounding W diag(s) instead of W moves the error from loud channels to quiet ones. With
+dW = round(W diag(s)) diag(s)^-1 - W, a candidate costs sum_j d_j |dW_j|^2, d_j being what an error in channel j costs: no token
+is looked at again. Errors of different channels have no sign in common, so that their products add up to about nothing.
 Legend: O out_features, I in_features, g columns a group.
 """
 
@@ -38,12 +39,16 @@ class Chosen:
 def activation_scales(sizes: Tensor, weights: Tensor | None, ratio: float) -> Tensor:
     """S = a^r, or a^r / w^(1-r) with each channel's share w of its groups' ranges.
 
+    A channel that no token reaches counts as one of middling size, for another text may reach it.
+
     Args:
         sizes: a, mean size of each input channel, [I].
         weights: w [I] as :func:`weight_shares` gives it, or None.
         ratio: r.
     """
-    scales = sizes.pow(ratio)
+    reached = sizes > 0
+    middling = sizes[reached].log().mean().exp() if reached.any() else torch.ones_like(sizes[:1])
+    scales = torch.where(reached, sizes, middling).pow(ratio)
     if weights is not None:
         scales = scales / (weights.pow(1 - ratio) + _SMALLEST)
     return normalised(scales)
@@ -64,7 +69,7 @@ def weight_shares(matrix: Tensor, group_size: int) -> Tensor:
 def search_ratios(
     candidate: Callable[[float], Candidate], loss: Callable[[Tensor], float], *, steps: int
 ) -> tuple[Candidate, float]:
-    """The best of the ratios i / steps, 0 <= i < steps: every second one, then those beside the best.
+    """The best of the ratios i / steps, 0 <= i <= steps: every second one, then those beside the best.
 
     Args:
         candidate: factors for a ratio.
@@ -75,12 +80,12 @@ def search_ratios(
 
     def _try(places: Iterable[int]) -> int:
         for place in places:
-            if 0 <= place < steps and place not in losses:
+            if 0 <= place <= steps and place not in losses:
                 tried = candidate(place / steps)
                 losses[place] = (loss(tried.scales), tried)
         return min(losses, key=lambda place: (losses[place][0], place))
 
-    best = _try(range(0, steps, _COARSE))
+    best = _try(range(0, steps + 1, _COARSE))
     best = _try((best - 1, best + 1))
     return losses[best][1], losses[best][0]
 

@@ -26,5 +26,5 @@ def channel_scores(metric: str, matrix: Tensor, moments: Moments) -> Tensor:
 
 def standardised(scores: Tensor) -> Tensor:
     """Scores of a block's channels on a scale that all blocks share: mean 0 and deviation 1; zeros where all are equal."""
-    deviation = scores.std()
+    deviation = scores.std() if scores.numel() > 1 else scores.new_zeros(())
     return (scores - scores.mean()) / torch.where(deviation > 0, deviation, torch.ones_like(deviation))

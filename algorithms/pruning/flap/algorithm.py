@@ -20,8 +20,9 @@ from algorithms.formats.pruned.stock import expressible_biases
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.narrowing import attention_output, narrowed_model, neuron_output, widths
-from algorithms.pruning.flap import calibration, ranking
+from algorithms.pruning.flap import calibration, ranking, recovery
 from algorithms.pruning.flap.config import FlapConfig
+from algorithms.pruning.flap.recovery import recover_pruned
 
 PADDED, RAGGED = "padded", "ragged"
 CONVERTED = "flap-conversion"
@@ -90,6 +91,7 @@ class FlapPruner(CompressionAlgorithm):
                 distributed=refits,
                 reuse_on_new_data=True,
             ),
+            *self._recovery_stage(),
             StageSpec(
                 name="conversion",
                 run=self._convert,
@@ -118,6 +120,30 @@ class FlapPruner(CompressionAlgorithm):
         if artifact.kind == CONVERTED:
             return read_json(artifact.directory / BITS)
         return facts(artifact.directory)["bits"]
+
+    def _recovery_stage(self) -> Sequence[StageSpec]:
+        """The stage, where the recipe asks for it."""
+        if not self._config.recovers:
+            return ()
+        config = self._config.recovering
+        request = TokenRequest(
+            num_samples=config.num_samples,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            packed=not config.skip_grouping,
+        )
+        return (
+            StageSpec(
+                name="recovery",
+                run=lambda context, artifact: recover_pruned(context, artifact, config),
+                directory="recovery",
+                kind=recovery.KIND,
+                settings=config.shaping,
+                tokens=request,
+                distributed=True,
+                evaluates=config.eval_datasets,
+            ),
+        )
 
     @property
     def _ranking_settings(self) -> Mapping[str, object]:

@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from algorithms.blockwise.config import BlockwiseParameters
+from algorithms.finetuning.adapt_keys import AdaptKeys
 from configs.strict import Inert
 from configs.values import (
     Choice,
     Count,
     Flag,
-    Nullable,
     NumberOrZero,
     Only,
     OptionalCount,
@@ -22,7 +22,6 @@ from configs.values import (
     Real,
     Whole,
     expected,
-    flag,
     inside,
 )
 
@@ -49,7 +48,7 @@ def _metrics(value: object) -> str:
     return METRICS(value)
 
 
-class FlapConfig(BlockwiseParameters):
+class FlapConfig(AdaptKeys, BlockwiseParameters):
     """The block ``llm.FlapPruner``. Further keys: :class:`algorithms.blockwise.config.BlockwiseParameters`.
 
     ``pruning_ratio`` is the share of the parameters of the blocks from ``start_pruning_layer_idx`` on. ``gqa_groups``,
@@ -60,6 +59,7 @@ class FlapConfig(BlockwiseParameters):
     stage_names: ClassVar[tuple[str, ...]] = STAGES
     export_formats: ClassVar[tuple[str, ...]] = ("padded", "ragged")
     inert: ClassVar[Mapping[str, Inert]] = {
+        **AdaptKeys.inert,
         "eval": Inert(False, "name the texts under EVALUATION instead"),
         "save_model": Inert(None, "the result always goes to the job folder"),
     }
@@ -80,7 +80,6 @@ class FlapConfig(BlockwiseParameters):
     # what makes up for it
     compensation: Annotated[str, BeforeValidator(Choice(("least_squares", "bias", "none")))] = "least_squares"
     ridge: Positive = 0.01
-    to_finetune: Annotated[bool | None, BeforeValidator(Nullable(flag))] = None
 
     # padded: the largest number of neurons is rounded up to a multiple of this, for quantization in groups; 1: it stays
     pad_neurons_to: Count = 32
@@ -141,8 +140,6 @@ class FlapConfig(BlockwiseParameters):
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
         """The lines of the keys without effect, and of a default that is not nyuntam's."""
         lines, given = list(super().warnings(prefix)), self.model_fields_set
-        if self.to_finetune is None:
-            lines.append(f"{prefix}to_finetune is missing, which means false here and true in nyuntam")
         if self.remove_heads >= 0 and not self.tells_heads:
             lines.append(f"{prefix}remove_heads has no effect: it counts with the structures {' and '.join(MATCHED)}")
         if self.validation_size:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.base import Artifact, StageContext, StageError
-from algorithms.blockwise.stages import write_outside
+from algorithms.blockwise.stages import hand_on, is_complete, write_outside
 from algorithms.finetuning.distillation.adam import AdamRule
 from algorithms.finetuning.distillation.loop import LoopSettings
 from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype
@@ -20,7 +20,7 @@ from algorithms.finetuning.distillation.stage import Teaching, clear, distilled,
 from algorithms.finetuning.distillation.students.additive_student import AdditiveStudent, PvSettings
 from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
 from algorithms.formats.aqlm import pack, packed_linears, unpack
-from algorithms.formats.checkpoint import OUTSIDE, Calibrated
+from algorithms.formats.checkpoint import Calibrated
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.files import atomic_write_json, folder_digest
@@ -40,7 +40,7 @@ _CONTAINERS = {"uint8": torch.int8, "uint16": torch.int16}
 def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) -> Artifact:
     """Tune what the calibration left; leaves the same layout, and ``tuning.json`` with the losses of every step."""
     ranks, directory = context.ranks, context.output_dir
-    is_finished = ranks.is_main and _is_finished(directory, context.source.num_blocks)
+    is_finished = ranks.is_main and is_complete(directory, _REPORT, context.source.num_blocks)
     ranks.meet()
     if ranks.from_main(is_finished):
         logger.info("PV-Tuning was stopped after its last file; there is nothing left to do")
@@ -84,7 +84,7 @@ def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig)
         _write(context.output_dir, source, calibrated, student.model, ranks)
     elif ranks.is_main:
         logger.warning("PV-Tuning came to nothing: the calibrated model is handed on as it was")
-        _hand_on(context.output_dir, calibrated)
+        hand_on(calibrated, context.output_dir)
     if ranks.is_main:
         atomic_write_json(context.output_dir / _REPORT, {**asdict(history), "changed_codes": shares})
 
@@ -220,14 +220,6 @@ def _write(
         write_outside(calibrated.source, directory, outside)
 
 
-def _hand_on(directory: Path, calibrated: Calibrated) -> None:
-    """The calibrated model once more, untuned."""
-    store = BlockStore(directory)
-    for index, tensors in calibrated.blocks():
-        store.save(index, tensors, {"index": index})
-    write_outside(calibrated.source, directory, calibrated.outside())
-
-
 class _Parts:
     """The tensors of a tuned model as they are stored."""
 
@@ -260,11 +252,3 @@ def _additive(linear: CodedLinear) -> AdditiveCodes:
         codebooks=codebooks.float().view(linear.num_codebooks, linear.num_codewords, *linear.group_shape),
         scales=scales.float(),
     )
-
-
-def _is_finished(directory: Path, num_blocks: int) -> bool:
-    """Whether an earlier run has written everything: its report comes last."""
-    if not all((directory / name).is_file() for name in (_REPORT, OUTSIDE, "config.json")):
-        return False
-    store = BlockStore(directory)
-    return all(store.load(index) is not None for index in range(num_blocks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
@@ -12,6 +12,7 @@ from configs.values import Choice, Flag, NumberOrZero, Only, Real, Whole, expect
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("GEMM", "GEMV", "GEMV_FAST")
+AWQ_BITS, AWQ_GROUPS = 4, (32, 64, 128)  # that AWQ's own format holds
 BOTH = "both"
 _SWEEP = ("damping", "refinements")
 
@@ -49,7 +50,7 @@ class AwqConfig(BlockwiseParameters):
     zero_point: Flag = Field(default=True, alias="ZERO_POINT")
     bits: Annotated[int, BeforeValidator(_bits)] = Field(default=4, alias="W_BIT")
     group_size: Annotated[int, BeforeValidator(columns_a_group)] = Field(default=128, alias="Q_GROUP_SIZE")
-    version: Annotated[str, BeforeValidator(_version)] = Field(default="GEMM", alias="VERSION")
+    awq_version: Annotated[str, BeforeValidator(_version)] = Field(default="GEMM", alias="VERSION")
 
     sequence_length: Annotated[int, BeforeValidator(Whole(2))] = Field(default=512, alias="model_seqlen")
     duo_scaling: Annotated[bool | str, BeforeValidator(_duo_scaling)] = BOTH
@@ -66,8 +67,20 @@ class AwqConfig(BlockwiseParameters):
     @property
     def shaping(self) -> Mapping[str, object]:
         """Every value that shapes a calibration; the packing does not, nor do the sweep's keys without the sweep."""
-        left_out = {"version", "modules_to_not_convert", *(() if self.gptq else _SWEEP)}
+        left_out = {"awq_version", "modules_to_not_convert", *(() if self.gptq else _SWEEP)}
         return {name: value for name, value in super().shaping.items() if name not in left_out}
+
+    @property
+    def is_awq_by_default(self) -> bool:
+        """Whether AWQ's own format is written where the recipe names none."""
+        return self.zero_point and self.bits == AWQ_BITS and self.group_size in AWQ_GROUPS
+
+    def export_warnings(self, exports: Sequence[str], prefix: str = "") -> tuple[str, ...]:
+        """A line for VERSION where AWQ's own format is not written."""
+        is_written = "awq" in exports if exports else self.is_awq_by_default
+        if is_written or "awq_version" not in self.model_fields_set:
+            return ()
+        return (f"{prefix}VERSION has no effect: it is a layout within the format awq, which this recipe does not export",)
 
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
         """The lines of the keys without effect."""

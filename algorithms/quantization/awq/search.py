@@ -5,19 +5,21 @@ Legend: O out_features, I in_features; H mean of x x^T over the tokens that reac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from algorithms.blockwise.coded import FreshBlock
+from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_loop import relative_output_error
 from algorithms.modeling.transforms.folding import can_fold, feeder_rows, fold, shared
 from algorithms.modeling.transforms.survey import ChannelStatistics, first_tokens, survey
-from algorithms.numerics.codebooks.additive import quadratic_error
-from algorithms.numerics.column_sweep import inverse_factor
+from algorithms.numerics.column_sweep import column_costs
 from algorithms.numerics.grids.channel_scales import (
     Candidate,
     Chosen,
@@ -32,10 +34,12 @@ from algorithms.numerics.uniform import Grid, RangeSearch
 from algorithms.parallel.ranks import moved
 from algorithms.quantization.awq.config import BOTH, AwqConfig
 
+logger = logging.getLogger(__name__)
+
 # A candidate is judged by few ranges: which ratio is best hardly depends on how finely they are searched.
 _RANGES = RangeSearch(factors=(1.0, 0.9, 0.8, 0.7))
 # Tokens for each input of the widest linear that a search looks at: it estimates H, and one number from it.
-_TOKENS_PER_INPUT = 24
+_TOKENS_PER_INPUT = 8
 _OUTPUT_TOKENS = 4096  # that a candidate is judged by where it takes a forward
 
 Loss = Callable[[Tensor], float]
@@ -52,6 +56,7 @@ class ScaleSearch:
         self._config = config
         search = _RANGES if config.apply_clip else None
         self._grid = Grid(bits=config.bits, symmetric=not config.zero_point, search=search)
+        self._left_alone: set[str] = set()  # groups that nothing takes factors for, once the log has them
 
     def prepare(self, fresh: FreshBlock) -> Mapping[str, object]:
         """Fold the best factors of every group; returns what was chosen, and the share of the error that is left with it."""
@@ -61,10 +66,14 @@ class ScaleSearch:
         tokens = first_tokens(fresh.inputs, -(-_TOKENS_PER_INPUT * widest // ranks.size))
         found = survey(block, fresh.index, tokens, architecture, ranks)
         for group in architecture.input_groups:
-            leader = group[0]
+            leader, statistics = group[0], found.pop(group[0])
             if not can_fold(architecture, leader):
+                self._leave_alone(group)
                 continue
-            chosen = self._choose(fresh, group, found[leader])
+            rows = feeder_rows(block, architecture, leader) if leader in architecture.feeders else None
+            loss = self._output_loss(fresh, group) if self._config.objective == "block_output" else None
+            chosen = self.best([block.get_submodule(name).weight for name in group], statistics, rows=rows, loss=loss)
+            ranks.meet()
             # Machines that round differently must not fold different factors.
             scales, label = ranks.from_main(moved((chosen.candidate.scales, chosen.candidate.label), torch.device("cpu")))
             fold(block, architecture, leader, scales.to(fresh.inputs.device))
@@ -72,14 +81,24 @@ class ScaleSearch:
             report[leader] = {"factors": label, "error_share": share}
         return {"scaling": report}
 
-    def _choose(self, fresh: FreshBlock, group: tuple[str, ...], statistics: ChannelStatistics) -> Chosen:
-        block, architecture = fresh.block, fresh.architecture
-        matrix = some_rows(torch.cat([block.get_submodule(name).weight for name in group]))
-        rows = feeder_rows(block, architecture, group[0]) if group[0] in architecture.feeders else None
-        if self._config.objective == "block_output":
-            loss = self._output_loss(fresh, group)
-        else:
-            loss = self._quadratic_loss(matrix, statistics.hessian)
+    def best(
+        self,
+        weights: Sequence[Tensor],
+        statistics: ChannelStatistics,
+        *,
+        rows: Tensor | None = None,
+        loss: Loss | None = None,
+    ) -> Chosen:
+        """The best factors for the input channels of linears that share an input.
+
+        Args:
+            weights: of the linears, [O, I] each.
+            statistics: of the input.
+            rows: the feeder's row behind each channel, [I]; channels with one row get one factor.
+            loss: of factors [I]; None judges them by what errors in each column cost.
+        """
+        matrix = some_rows(torch.cat(list(weights)))
+        loss = self._column_loss(matrix, statistics.hessian) if loss is None else loss
         kinds = (False, True) if self._config.duo_scaling == BOTH else (self._config.duo_scaling,)
         found = [
             search_ratios(
@@ -92,21 +111,19 @@ class ScaleSearch:
         return best_candidate(found, loss(torch.ones_like(statistics.mean_size)), matrix.shape[1], matrix)
 
     def _candidate(self, ratio: float, *, matrix: Tensor, sizes: Tensor, duo: bool, rows: Tensor | None) -> Candidate:
-        weights = weight_shares(matrix, self._group_size(matrix)) if duo else None
-        scales = activation_scales(sizes, weights, ratio)
+        shares = weight_shares(matrix, self._group_size(matrix)) if duo else None
+        scales = activation_scales(sizes, shares, ratio)
         if rows is not None:
             scales = shared(scales, rows.to(scales.device))
         return Candidate(scales=scales, label=f"{'duo' if duo else 'inputs'} {ratio:g}")
 
-    def _quadratic_loss(self, matrix: Tensor, hessian: Tensor) -> Loss:
-        """What rounding W diag(s) costs under H; where the sweep comes next, each column by its own 1 / U_jj^2."""
-        weights = inverse_factor(hessian, self._config.damping).pivots.square().reciprocal() if self._config.gptq else None
+    def _column_loss(self, matrix: Tensor, hessian: Tensor) -> Loss:
+        """What rounding W diag(s) costs: an error by H_jj, or by what is left of it where the sweep makes up for errors."""
+        costs = column_costs(hessian, self._config.damping) if self._config.gptq else hessian.diagonal()
 
         def _loss(scales: Tensor) -> float:
-            difference = self._rounded(matrix, scales) - matrix
-            if weights is not None:
-                return torch.sum(difference.square() @ weights, dtype=torch.float64).item()
-            return quadratic_error(difference, hessian)
+            errors = self._rounded(matrix, scales).sub_(matrix).square_()
+            return torch.sum(errors @ costs, dtype=torch.float64).item()
 
         return _loss
 
@@ -114,23 +131,35 @@ class ScaleSearch:
         """How far the block's outputs move, in one forward over some of the tokens."""
         assert fresh.inputs is not None
         block, index, ranks = fresh.block, fresh.index, fresh.ranks
-        some = first_tokens(fresh.inputs, -(-_OUTPUT_TOKENS // ranks.size))
-        targets = some.through(block, index)
+        inputs, targets = _judged(first_tokens(fresh.inputs, -(-_OUTPUT_TOKENS // ranks.size)), block, index)
 
         def _loss(scales: Tensor) -> float:
             weights = {name: self._rounded(block.get_submodule(name).weight, scales) for name in group}
             with _replaced(block, weights):
-                return relative_output_error(block, index, some, targets, ranks)
+                return relative_output_error(block, index, inputs, targets, ranks)
 
         return _loss
 
     def _rounded(self, matrix: Tensor, scales: Tensor) -> Tensor:
         """W as it would be stored with factors, and applied without them."""
         codes = nearest_codes(matrix * scales, group_size=self._group_size(matrix), grid=self._grid)
-        return codes.dequantize() / scales
+        return codes.dequantize().div_(scales)
 
     def _group_size(self, matrix: Tensor) -> int:
         return matrix.shape[1] if self._config.group_size == -1 else self._config.group_size
+
+    def _leave_alone(self, group: tuple[str, ...]) -> None:
+        if group[0] not in self._left_alone:
+            self._left_alone.add(group[0])
+            logger.info("%s: nothing before takes factors, so the input channels stay as they are", ", ".join(group))
+
+
+def _judged(inputs: Activations, block: nn.Module, index: int) -> tuple[Activations, Activations]:
+    """The sequences with finite outputs, and these outputs: by others no candidate could be judged."""
+    outputs = inputs.through(block, index)
+    usable = [torch.isfinite(output).flatten(1).all(1) for output in outputs.batches]
+    kept = [[batch[rows] for batch, rows in zip(part.batches, usable, strict=True) if rows.any()] for part in (inputs, outputs)]
+    return replace(inputs, batches=kept[0]), replace(outputs, batches=kept[1])
 
 
 @contextmanager

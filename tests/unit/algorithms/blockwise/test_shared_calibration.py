@@ -11,6 +11,8 @@ from algorithms.parallel.ranks import ALONE
 from algorithms.quantization.aqlm import calibration as aqlm_calibration
 from algorithms.quantization.aqlm.algorithm import Aqlm
 from algorithms.quantization.aqlm.config import AqlmConfig
+from algorithms.quantization.awq.algorithm import Awq
+from algorithms.quantization.awq.config import AwqConfig
 from algorithms.quantization.gptq.algorithm import Gptq
 from algorithms.quantization.gptq.config import GptqConfig
 from algorithms.quantization.rtn.algorithm import Rtn
@@ -21,7 +23,7 @@ from tests.support.models import save_family
 from tests.support.rank_processes import run_on_ranks
 from tests.unit.algorithms.quantization.plugin_runs import TEXT, blocks, calibrate
 
-PLUGINS = {"gptq": (Gptq, GptqConfig), "rtn": (Rtn, RtnConfig), "spqr": (Spqr, SpqrConfig)}
+PLUGINS = {"awq": (Awq, AwqConfig), "gptq": (Gptq, GptqConfig), "rtn": (Rtn, RtnConfig), "spqr": (Spqr, SpqrConfig)}
 TUNING = {"block_tuning": {"max_epochs": 2, "batch_size": 2}}
 AQLM = {**TEXT, "num_codebooks": 2, "nbits_per_codebook": 4, "in_group_size": 4, "finetune_batch_size": 4}
 
@@ -31,7 +33,8 @@ def _algorithm(name, parameters):
         settings = {**AQLM, "finetune_max_epochs": 0, **parameters}
         return Aqlm(AqlmConfig.model_validate({"calibration_config": settings, "finetune_config": None}))
     plugin, config = PLUGINS[name]
-    return plugin(config.model_validate({**TEXT, "groupsize": 16, **parameters}))
+    group = {"Q_GROUP_SIZE" if name == "awq" else "groupsize": 16}
+    return plugin(config.model_validate({**TEXT, **group, **parameters}))
 
 
 def _calibrate(ranks, name, parameters, model, folder, least_weights=1 << 14):
@@ -67,6 +70,9 @@ def _share_of_equal(algorithm, one, other):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
+        ("awq", {}),
+        ("awq", {"gptq": False, "ZERO_POINT": False}),
+        ("awq", {"objective": "block_output", "search_steps": 4}),
         ("gptq", {}),
         ("gptq", {"static_groups": False, "targets": "compressed_prefix", "true_sequential": True}),
         ("spqr", {}),
@@ -94,7 +100,7 @@ def test_additive_codebooks_are_as_good(tmp_path, model, least_weights):
             assert second[linear]["bits_per_weight"] == figures["bits_per_weight"]
 
 
-@pytest.mark.parametrize("name", ["aqlm", "gptq", "rtn", "spqr"])
+@pytest.mark.parametrize("name", ["aqlm", "awq", "gptq", "rtn", "spqr"])
 def test_tuning_on_ranks_lowers_the_error_as_in_one_process(tmp_path, model, name):
     parameters = {"finetune_max_epochs": 2} if name == "aqlm" else TUNING
     one, two = _both(2, name, parameters, model, tmp_path)
@@ -102,6 +108,18 @@ def test_tuning_on_ranks_lowers_the_error_as_in_one_process(tmp_path, model, nam
         assert len(first["validation_losses"]) == len(second["validation_losses"])
     for first, second in zip(blocks(one, "output_error"), blocks(two, "output_error"), strict=True):
         assert second == pytest.approx(first, rel=0.25)
+
+
+@pytest.mark.parametrize("objective", ["hessian", "block_output"])
+def test_factors_are_searched_on_ranks_without_a_sequence_too(tmp_path, model, objective):
+    parameters = {"nsamples": 2, "val_size": 0, "objective": objective, "search_steps": 2, "duo_scaling": False}
+    one, three = _both(3, "awq", parameters, model, tmp_path)
+    for first, second in zip(blocks(one, "scaling"), blocks(three, "scaling"), strict=True):
+        assert first.keys() == second.keys()
+    chosen, shared = blocks(one, "scaling")[0], blocks(three, "scaling")[0]  # later blocks have other inputs
+    for leader, figures in chosen.items():
+        assert shared[leader]["factors"] == figures["factors"]
+        assert shared[leader]["error_share"] == pytest.approx(figures["error_share"], rel=1e-3)
 
 
 @pytest.mark.parametrize("targets", ["original", "compressed_prefix"])
@@ -132,7 +150,7 @@ def test_another_number_of_ranks_resumes_a_calibration(tmp_path, model, before, 
     assert json.loads((resumed.directory / "calibration.json").read_text())["bits"] == _algorithm("gptq", TUNING).bits(resumed)
 
 
-@pytest.mark.parametrize("name", ["aqlm", "gptq", "spqr", "rtn"])
+@pytest.mark.parametrize("name", ["aqlm", "awq", "gptq", "spqr", "rtn"])
 def test_calibrations_with_text_run_on_all_ranks(name):
     calibration, conversion = _algorithm(name, {} if name == "aqlm" else TUNING).stages()
     assert (calibration.distributed, conversion.distributed) == (True, False)

@@ -155,13 +155,13 @@ def test_a_refusal_names_the_format_and_the_key(tmp_path, name, setting, said):
 
 @pytest.mark.parametrize("version", ["gemm", "gemv", "gemv_fast"])
 def test_each_version_of_awq_holds_codes_and_biases(tmp_path, version):
-    setting = SETTINGS[9]
+    setting = replace(SETTINGS[9], awq_version=version)
     model = quantized_llama(tmp_path / "base", bits=4, group_size=32, symmetric=False, attention_bias=True)
     folder, expected = _calibration(tmp_path / "calibration", model, setting)
     out = tmp_path / "out"
     out.mkdir()
-    check_exports(setting, ("awq",), model.source, version)
-    exporters(setting, version)["awq"](Calibrated(folder), out)
+    check_exports(setting, ("awq",), model.source)
+    exporters(setting)["awq"](Calibrated(folder), out)
     assert json.loads((out / "config.json").read_text())["quantization_config"]["version"] == version
     found = read_export(out).state_dict()
     assert sum(name.endswith("_proj.bias") for name in expected) == 8
@@ -173,10 +173,27 @@ def test_each_version_of_awq_holds_codes_and_biases(tmp_path, version):
 def test_awq_is_refused_for_shapes_that_its_version_cannot_hold(tmp_path):
     source = ModelSource(save_family(tmp_path / "base", "llama", hidden=48))
     check_exports(SETTINGS[9], ("awq",), source)
-    with pytest.raises(ValueError, match=r"EXPORT: awq: AWQ's layout gemv_fast needs .*mlp\.gate_proj \[96, 48\]"):
-        check_exports(SETTINGS[9], ("awq",), source, "gemv_fast")
-    with pytest.raises(ValueError, match=r"EXPORT: awq: AWQ's layout gemm needs rows .*self_attn\.k_proj \[20, 40\]"):
+    fast = replace(SETTINGS[9], awq_version="gemv_fast")
+    with pytest.raises(ValueError, match=r"EXPORT: awq: AWQ's layout gemv_fast needs .*mlp\.gate_proj \[96, 48\]") as caught:
+        check_exports(fast, ("awq",), source)
+    assert "VERSION: GEMM has a place for them." in str(caught.value)
+    with pytest.raises(ValueError, match=r"EXPORT: awq: AWQ's layout gemm needs rows .*self_attn\.k_proj \[20, 40\]") as caught:
         check_exports(SETTINGS[9], ("awq",), ModelSource(save_family(tmp_path / "odd", "llama", hidden=40)))
+    assert "VERSION" not in str(caught.value)  # none would do
+
+
+def test_a_refusal_speaks_the_recipe_s_words():
+    words = (("wbits", "W_BIT"), ("groupsize", "Q_GROUP_SIZE"), ("sym: true", "ZERO_POINT: false"))
+    setting = Setting(bits=4, symmetric=False, group_size=48, spelling=words)
+    assert setting.refusal("awq").endswith("and Q_GROUP_SIZE is 48.")
+    assert setting.refusal("compressed-tensors").endswith("set ZERO_POINT: false, or export gptq.")
+    assert setting.refusal("gptq") is None
+    assert replace(setting, bits=3, spelling=()).refusal("awq").endswith("and wbits is 3.")
+
+
+def test_the_first_format_is_the_first_of_those_that_are_preferred():
+    assert SETTINGS[9].first_format(("compressed-tensors", "awq", "gptq")) == "awq"
+    assert SETTINGS[4].first_format(("awq", "dense", "gptq")) == "dense"
 
 
 def test_transformers_computes_from_awq_what_the_codes_stand_for(tmp_path):

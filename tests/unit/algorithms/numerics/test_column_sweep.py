@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from algorithms.numerics.column_sweep import inverse_factor, quadratic_loss, refine, sweep
+from algorithms.numerics.column_sweep import column_costs, inverse_factor, quadratic_loss, refine, sweep
 from algorithms.numerics.uniform import Grid, RangeSearch, UniformColumns, fit_grid
 from tests.support.matrices import problem
 
@@ -251,3 +251,19 @@ def test_refining_is_coordinate_descent_and_never_raises_the_loss(width):
         losses.append(quadratic_loss(columns, result, factor.hessian))
     assert losses[1] < losses[0]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(losses))
+
+
+def test_costs_are_what_a_conditional_variance_is():
+    _, hessian = problem(1, 24, seed=8)
+    costs, wide = column_costs(hessian, 0.02), _damped(hessian, 0.02)
+    for place in range(24):
+        later, cross = wide[place + 1 :, place + 1 :], wide[place, place + 1 :]
+        left = wide[place, place] - cross @ torch.linalg.solve(later, cross)
+        assert costs[place].item() == pytest.approx(left.item(), rel=1e-3)
+    torch.testing.assert_close(costs, inverse_factor(hessian, 0.02).pivots.square().reciprocal(), rtol=1e-3, atol=0)
+
+
+def test_costs_of_a_matrix_that_cannot_be_factored_are_its_diagonal():
+    hessian = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    assert column_costs(hessian, 0.0).tolist() == [1.0, 1.0]
+    assert column_costs(torch.zeros(3, 3), 0.01).tolist() == [0.0, 0.0, 0.0]

@@ -1,3 +1,4 @@
+import numpy
 import pytest
 import torch
 
@@ -120,3 +121,41 @@ def test_the_panels_of_the_product_cover_it():
     statistics = InputStatistics(300)
     statistics.update(inputs)
     torch.testing.assert_close(statistics.hessian(), inputs.T @ inputs / 30, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("ridge", [0.02, 0.7])
+def test_the_refitted_weight_and_bias_solve_the_damped_regression(affine, ridge):
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(400, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 2
+    matrix = torch.randn(3, 6, generator=generator)
+    wanted = inputs @ matrix.T + 0.5 * torch.randn(400, 3, generator=generator) - 7
+    statistics = InputStatistics(6, out_features=3)
+    for part in (slice(0, 150), slice(150, 400)):
+        statistics.update(inputs[part], wanted[part])
+    weight, bias = statistics.refitted(matrix, ridge, affine=affine)
+    x, y = inputs.double().numpy(), wanted.double().numpy()
+    # The ridge pulls towards the old weight by rows of its own, which the intercept does not reach.
+    spread = (x - x.mean(0) if affine else x) ** 2
+    pull = (400 * ridge * spread.mean()) ** 0.5 * numpy.eye(6)
+    ones, zeros = numpy.ones((400, 1)), numpy.zeros((6, 1))
+    design = numpy.block([[x, ones], [pull, zeros]]) if affine else numpy.concatenate([x, pull])
+    expected = numpy.linalg.lstsq(design, numpy.concatenate([y, pull @ matrix.double().numpy().T]), rcond=None)[0]
+    numpy.testing.assert_allclose(weight.numpy(), expected[:6].T, rtol=1e-4, atol=1e-4)
+    numpy.testing.assert_allclose(bias.numpy(), expected[6] if affine else numpy.zeros(3), rtol=1e-4, atol=1e-4)
+
+
+def test_few_tokens_pull_a_refit_towards_the_old_weight():
+    inputs, matrix = torch.randn(3, 30), torch.randn(2, 30)
+    statistics = InputStatistics(30, out_features=2)
+    statistics.update(inputs, torch.randn(3, 2))
+    few, _ = statistics.refitted(matrix, 1e-6)
+    forced, _ = statistics.refitted(matrix, 10.0)  # 30 inputs over 3 tokens
+    torch.testing.assert_close(few, forced)
+
+
+def test_a_refit_takes_wanted_outputs():
+    statistics = InputStatistics(4, out_features=2)
+    statistics.update(torch.randn(5, 4))
+    with pytest.raises(ValueError, match="wanted outputs"):
+        statistics.refitted(torch.randn(2, 4), 0.1)

@@ -3,6 +3,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from algorithms.finetuning.adapt_keys import AdaptKeys
 from algorithms.pruning.flap.config import FlapConfig
 from configs.loader import load_recipe
 
@@ -25,7 +26,8 @@ def _config(**keys):
 
 
 def test_the_keys_and_their_defaults():
-    values = FlapConfig().model_dump(by_alias=True)
+    adapted = {field.alias or name for name, field in AdaptKeys.model_fields.items()} - {"to_finetune"}
+    values = {key: value for key, value in FlapConfig().model_dump(by_alias=True).items() if key not in adapted}
     own = {"metrics": "OBS", "structure": "AL-AM", "pruning_ratio": 0.2, "remove_heads": -1, "start_pruning_layer_idx": 0}
     own |= {"compensation": "least_squares", "ridge": 0.01, "to_finetune": None, "legacy_layer_offset": False}
     own |= {"gqa_groups": None, "head_dim": None, "hidden_dim": None, "eval": False, "save_model": None, "pad_neurons_to": 32}

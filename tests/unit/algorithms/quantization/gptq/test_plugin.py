@@ -223,3 +223,13 @@ def test_settings_are_plain_values():
     for spec in _algorithm(block_tuning=TUNING).stages():
         json.dumps(dict(spec.settings))
         assert dataclasses.is_dataclass(spec)
+
+
+def test_biases_of_what_writes_to_the_residual_stream_count_once(tmp_path):
+    source = ModelSource(save_family(tmp_path / "base", "llama", attention_bias=True, mlp_bias=True))
+    algorithm = _algorithm(wbits=8)
+    calibrated, _ = run(algorithm, source, tmp_path / "out")
+    model = algorithm.load(calibrated)
+    assert model.model.layers[0].mlp.down_proj.bias.std() > 0.1
+    base = base_logits(source)
+    assert (logits(model) - base).std() < 0.005 * base.std()

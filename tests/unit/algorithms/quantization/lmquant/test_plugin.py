@@ -292,7 +292,7 @@ def test_qserve_is_not_promised_where_it_is_not_written(tmp_path):
     [
         (
             "w4a8kv4_sym", {}, ("compressed-tensors",),
-            ["--kv-cache-dtype int4_per_token_head", "inputs of linears in 8 bits", "in 4 bits (a scale for each token and head)"],
+            ["--kv-cache-dtype int4_per_token_head", "linears in 8 bits", "in 4 bits (a scale for each token and head)"],
             "QServe",
         ),
         ("w4a8kv4_sym", {"opts": {"dtype": None}}, ("compressed-tensors",), ["vllm serve FOLDER (by"], "kv-cache-dtype"),
