@@ -11,6 +11,7 @@ from algorithms.quantization.lmquant.settings import CacheSetting, Settings
 
 # vLLM's word for a cache of so many bits with a scale for each token and head.
 _VLLM_CACHES = {4: "int4_per_token_head", 8: "int8_per_token_head"}
+_SGLANG_BITS = 4  # of the weights that it reads in QServe's layouts
 _UNKNOWN = (0.0, 0.0, 0.0)
 
 Ranges = tuple[float, float, float]  # the largest query, key and value of a text
@@ -63,12 +64,19 @@ def notes_for(settings: Settings, exports: Sequence[str]) -> tuple[str, ...]:
     if "compressed-tensors" in exports:
         notes.append(_vllm(settings.cache))
     if "qserve" in exports:
-        bits = 16 if settings.cache is None else settings.cache.bits
-        notes.append(
-            f"QServe and SGLang read the qserve format; QServe's own scripts are told of the cache by KV_BITS={bits} "
-            "(by their sources; neither was run)."
-        )
+        notes.append(_qserve(settings))
     return tuple(notes)
+
+
+def _qserve(settings: Settings) -> str:
+    weights, cache = settings.weights, settings.cache
+    assert weights is not None, "QServe's formats hold codes"
+    precision = f"w{weights.bits}a8" + ("" if cache is None else f"kv{cache.bits}")
+    others = "; SGLang with --quantization qoq" if weights.bits == _SGLANG_BITS else ""
+    return (
+        "QServe serves it with: qserve_e2e_generation.py --model FOLDER --quant-path FOLDER --ifb-mode "
+        f"--precision {precision} --group-size {weights.group_size}{others} (by their sources; neither was run)."
+    )
 
 
 def _vllm(cache: CacheSetting | None) -> str:

@@ -297,9 +297,10 @@ def test_qserve_is_not_promised_where_it_is_not_written(tmp_path):
         ),
         ("w4a8kv4_sym", {"opts": {"dtype": None}}, ("compressed-tensors",), ["vllm serve FOLDER (by"], "kv-cache-dtype"),
         ("w4a8kv4_sym", {"opts": {"dtype": "zint5"}}, ("compressed-tensors",), ["no cache of 5 bits"], "kv-cache-dtype"),
-        ("gchn_kv8", {}, ("compressed-tensors",), ["int8_per_token_head", "queries, keys and values", "leaves"], "KV_BITS"),
-        ("sq_static", {}, ("compressed-tensors",), ["one scale for all tokens", "a scale for each token and head"], "KV_BITS"),
-        ("gchn", {}, ("qserve",), ["KV_BITS=4", "neither was run"], "vllm serve"),
+        ("gchn_kv8", {}, ("compressed-tensors",), ["int8_per_token_head", "queries, keys and values", "leaves"], "qserve"),
+        ("sq_static", {}, ("compressed-tensors",), ["one scale for all tokens", "a scale for each token and head"], "qserve"),
+        ("gchn", {}, ("qserve",), ["--precision w4a8kv4 --group-size -1; SGLang", "neither was run"], "vllm serve"),
+        ("sq_dynamic", ROTATED_ROWS, ("qserve",), ["--precision w8a8kv8 --group-size -1 (by"], "SGLang"),
         ("gchn", {"opts": {"dtype": "zint3", "skip_attn_k": True}}, ("dense",), ["values in 3 bits"], "vllm"),
     ],
 )  # fmt: skip
