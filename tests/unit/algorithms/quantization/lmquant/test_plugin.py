@@ -290,8 +290,11 @@ def test_qserve_is_not_promised_where_it_is_not_written(tmp_path):
 @pytest.mark.parametrize(
     ("preset", "quant", "exports", "said", "unsaid"),
     [
-        ("w4a8kv4_sym", {}, ("compressed-tensors",), ["--kv-cache-dtype int4_per_token_head", "inputs of linears in 8 bits",
-                                                       "keys and values in 4 bits (a scale for each token and head)"], "QServe"),
+        (
+            "w4a8kv4_sym", {}, ("compressed-tensors",),
+            ["--kv-cache-dtype int4_per_token_head", "linears in 8 bits", "in 4 bits (a scale for each token and head)"],
+            "QServe",
+        ),
         ("w4a8kv4_sym", {"opts": {"dtype": None}}, ("compressed-tensors",), ["vllm serve FOLDER (by"], "kv-cache-dtype"),
         ("w4a8kv4_sym", {"opts": {"dtype": "zint5"}}, ("compressed-tensors",), ["no cache of 5 bits"], "kv-cache-dtype"),
         ("gchn_kv8", {}, ("compressed-tensors",), ["int8_per_token_head", "queries, keys and values", "leaves"], "KV_BITS"),
