@@ -13,6 +13,8 @@ from torch import Tensor
 
 _ROUNDS = 256  # units that go between two looks at what all the others cost are so many that this many looks are enough
 
+_LEAST = 1e-6  # of the mean variance, in the ridge of a channel that has none
+
 
 def removal_losses(matrix: Tensor, covariance: Tensor, *, width: int, ridge: float) -> Tensor:
     """What each unit costs when its turn comes, [U] float64, and never less than what went before it.
@@ -23,7 +25,7 @@ def removal_losses(matrix: Tensor, covariance: Tensor, *, width: int, ridge: flo
         matrix: W [O, I].
         covariance: C [I, I], positive semi-definite up to rounding; float64.
         width: channels of a unit.
-        ridge: share of the mean diagonal that C gets before it is inverted.
+        ridge: share of each channel's own variance that C gets before it is inverted: a constant channel then costs nothing.
     """
     weight, precision = matrix.detach().double().clone(), _precision(covariance, ridge)
     count = weight.shape[1] // width
@@ -42,11 +44,12 @@ def removal_losses(matrix: Tensor, covariance: Tensor, *, width: int, ridge: flo
 
 def _precision(covariance: Tensor, ridge: float) -> Tensor:
     """(C + ridge)^-1 [I, I]. The ridge grows where rounding has left C indefinite: means far larger than deviations do that."""
-    mean = covariance.diagonal().double().abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    assert mean.isfinite(), "statistics leave out what is not finite"
+    diagonal = covariance.diagonal().double().abs()
+    least = (_LEAST * diagonal.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+    assert least.isfinite(), "statistics leave out what is not finite"
     while True:
         damped = covariance.double().clone()
-        damped.diagonal().add_(ridge * mean)
+        damped.diagonal().add_(ridge * (diagonal + least))
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return torch.cholesky_inverse(factor)

@@ -25,16 +25,18 @@ def _silent(description, total):
     yield lambda note: None
 
 
-class _KilledError(Exception):
-    pass
+class KilledError(Exception):
+    """In the place of a kill."""
 
 
-def _killed_at(block: int) -> Callable:
+def killed_at(block: int) -> Callable:
+    """A progress display that ends a stage when so many blocks are done."""
+
     @contextlib.contextmanager
     def progress(description, total):
         def advance(note):
             if note.startswith(f"block {block}"):
-                raise _KilledError
+                raise KilledError
 
         yield advance
 
@@ -78,10 +80,23 @@ def calibrate(
     algorithm: CompressionAlgorithm, source: ModelSource, folder: Path, progress: Callable = _silent, ranks: Ranks = ALONE
 ) -> Artifact:
     """The first stage alone, in ``folder`` itself; one of ``ranks`` where all of them call this."""
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = algorithm.stages()[0]
     base = Artifact(kind="model", directory=source.directory, digest="base")
-    return spec.run(_context(algorithm, source, folder, spec.name, progress, ranks), base)
+    return run_stage(algorithm, source, folder, algorithm.stages()[0].name, base, progress, ranks)
+
+
+def run_stage(
+    algorithm: CompressionAlgorithm,
+    source: ModelSource,
+    folder: Path,
+    name: str,
+    artifact: Artifact,
+    progress: Callable = _silent,
+    ranks: Ranks = ALONE,
+) -> Artifact:
+    """One stage, in ``folder`` itself, from what an earlier one has left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (spec,) = (spec for spec in algorithm.stages() if spec.name == name)
+    return spec.run(_context(algorithm, source, folder, name, progress, ranks), artifact)
 
 
 def assert_resumes(algorithm: CompressionAlgorithm, source: ModelSource, folder: Path) -> None:
@@ -89,8 +104,8 @@ def assert_resumes(algorithm: CompressionAlgorithm, source: ModelSource, folder:
     whole, broken = calibrate(algorithm, source, folder / "whole"), folder / "broken"
     kept = {}
     for block in (1, 2):
-        with pytest.raises(_KilledError):
-            calibrate(algorithm, source, broken, _killed_at(block))
+        with pytest.raises(KilledError):
+            calibrate(algorithm, source, broken, killed_at(block))
         assert (broken / f"{block - 1}.safetensors").is_file()
         assert not (broken / f"{block}.safetensors").exists()
         kept[f"{block - 1}.safetensors"] = (broken / f"{block - 1}.safetensors").stat().st_mtime_ns

@@ -1,11 +1,12 @@
 import pytest
 from safetensors.torch import load_file
 
+from algorithms.formats.client import load as client_load
 from algorithms.formats.pruned.padded import write_padded
 from algorithms.formats.pruned.ragged import write_ragged
 from algorithms.formats.pruned.sizes import sizes
 from algorithms.modeling.source import ModelSource
-from tests.unit.algorithms.formats.pruned.pruned_models import COMPENSATION, RAGGED, UNIFORM, pruned_model
+from tests.unit.algorithms.formats.pruned.pruned_models import COMPENSATION, RAGGED, TOKENS, UNIFORM, pruned_model, settings_of
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -33,3 +34,25 @@ def test_bytes_of_the_cache(tmp_path):
         "padded": 3 * 3 * 16,
         "ragged": (2 + 3 + 1) * 16,
     }
+
+
+# The widest block of RAGGED has 53 neurons, every one of UNIFORM 40, the original 64.
+@pytest.mark.parametrize(
+    ("kept", "multiple", "neurons"),
+    [(RAGGED, 1, 53), (RAGGED, 8, 56), (RAGGED, 32, 64), (RAGGED, 48, 64), (UNIFORM, 8, 40), (UNIFORM, 16, 48)],
+)
+def test_neurons_are_padded_to_a_multiple_with_zeros_and_no_further_than_the_original(tmp_path, kept, multiple, neurons):
+    model = pruned_model(tmp_path, "llama", kept=kept, biased=COMPENSATION)
+    (tmp_path / "padded").mkdir()
+    write_padded(model.calibrated, tmp_path / "padded", multiple=multiple)
+    stored = load_file(tmp_path / "padded" / "model.safetensors")
+    assert settings_of(tmp_path / "padded")["intermediate_size"] == neurons
+    for index, keeps in enumerate(kept):
+        for name, side in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            weight = stored[f"model.layers.{index}.mlp.{name}.weight"]
+            assert weight.shape[side] == neurons
+            assert not weight.narrow(side, len(keeps.neurons), neurons - len(keeps.neurons)).any()
+    found = sizes(model.calibrated, multiple=multiple)["padded"]
+    assert found.parameters == sum(tensor.numel() for tensor in stored.values())
+    expected = model.logits()
+    assert ((client_load("padded", tmp_path / "padded")(TOKENS).logits - expected).abs().max() / expected.std()) < 1e-4

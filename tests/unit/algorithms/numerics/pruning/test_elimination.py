@@ -26,7 +26,8 @@ def _loss(matrix, damped, gone):
 
 
 def _by_brute_force(matrix, covariance, width, ridge):
-    damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    variances = covariance.diagonal()
+    damped = covariance + ridge * torch.diag(variances + 1e-6 * variances.mean())
     left, gone, lost, losses, reached = list(range(matrix.shape[1] // width)), [], 0.0, {}, 0.0
     while left:
         costs = {
@@ -76,6 +77,14 @@ def test_rounding_that_leaves_a_covariance_indefinite_is_no_obstacle():
     assert (losses > 0).all()
     assert not removal_losses(torch.zeros_like(matrix), covariance, width=2, ridge=0.01).any()
     assert removal_losses(matrix, torch.zeros_like(covariance), width=1, ridge=0.01).max() < 1e-30
+
+
+def test_a_channel_that_never_moves_costs_nothing_however_loud_the_others_are():
+    matrix, covariance = _problem(7)
+    covariance[3], covariance[:, 3] = 0.0, 0.0
+    covariance *= torch.outer(*[torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 1e3], dtype=torch.float64)] * 2)
+    losses = removal_losses(matrix, covariance, width=1, ridge=0.01)
+    assert losses[3] < 1e-2 * losses[[0, 1, 2, 4, 5, 6, 7]].min()
 
 
 def test_the_arguments_stay_as_they_are():
