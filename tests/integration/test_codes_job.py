@@ -1,4 +1,4 @@
-"""The examples of GPTQ, AWQ, rounding to nearest and SpQR through main.py with the real plugins, data and clients, made small."""
+"""The examples of GPTQ, AWQ, RTN and SpQR through main.py with the real plugins, data and clients, made small."""
 
 import hashlib
 import json
@@ -128,6 +128,17 @@ def test_a_further_format_is_scored_like_the_first(jobs, algorithm, format_):
     figures = [set(re.findall(r"perplexity (\d+\.\d+ -> \d+\.\d+)", text)) for text in (said, scored)]
     assert figures[0] == figures[1]
     assert len(figures[0]) == 2
+
+
+def test_what_awq_has_scaled_is_among_the_figures(jobs):
+    folder, _ = jobs("AutoAWQ")
+    job = _job("AutoAWQ", folder)
+    lines = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+    told = [line["scaling"] for line in lines if line["event"] == "block"]
+    kept = json.loads((job / "tmp" / "calibration" / "calibration.json").read_text())["blocks"]
+    assert told == [block["scaling"] for block in kept]
+    assert len(told) == 4
+    assert all(0 < figures["error_share"] <= 1 for scaling in told for figures in scaling.values())
 
 
 def test_rounding_to_nearest_looks_for_no_text(jobs):

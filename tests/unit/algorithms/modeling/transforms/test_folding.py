@@ -21,7 +21,7 @@ def _factors(block, architecture, leader, seed):
     return shared(factors, feeder_rows(block, architecture, leader)) if leader in architecture.feeders else factors
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}])
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"attention_bias": True, "mlp_bias": True}])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_block_computes_what_it_did(tmp_path, family, changes):
     source = ModelSource(save_family(tmp_path / "m", family, **changes))
