@@ -242,3 +242,26 @@ def test_without_a_refit_pruning_asks_for_no_text():
         assert ranking.tokens is not None
         assert ranking.distributed
         assert not conversion.distributed
+
+
+@pytest.mark.parametrize(
+    ("exports", "keys", "is_said"),
+    [
+        (("padded",), {"start_pruning_layer_idx": 1, "pruning_ratio": 0.4}, True),
+        (("ragged",), {"start_pruning_layer_idx": 1, "pruning_ratio": 0.4}, False),
+        (("padded",), {"structure": "UL-UM", "pruning_ratio": 0.4}, False),
+        (("padded",), {"pruning_ratio": 0.0}, False),
+    ],
+)
+def test_padding_that_undoes_the_pruning_is_said(tmp_path, caplog, exports, keys, is_said):
+    run(pruner(exports, pad_neurons_to=1, **keys), ModelSource(save_family(tmp_path / "base", "llama")), tmp_path / "out")
+    assert ("padded is no smaller than the original" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize(("structure", "asked", "heads"), [("UL-MM", 2, 4), ("AL-MM", 1, 2), ("AL-MM", 2, None)])
+def test_heads_that_were_rounded_are_said(tmp_path, caplog, structure, asked, heads):
+    source = ModelSource(save_family(tmp_path / "base", "llama"))
+    run(pruner(structure=structure, remove_heads=asked, pruning_ratio=0.4), source, tmp_path / "out")
+    assert [record.args[:2] for record in caplog.records if "remove_heads" in record.message] == (
+        [(heads, asked)] if heads else []
+    )
