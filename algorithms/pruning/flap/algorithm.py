@@ -13,6 +13,7 @@ from torch import nn
 from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
 from algorithms.blockwise.pipeline import BITS
 from algorithms.blockwise.stages import convert, facts, read_json
+from algorithms.finetuning.recovery import targets
 from algorithms.formats.checkpoint import Calibrated
 from algorithms.formats.pruned.padded import read_padded, write_padded
 from algorithms.formats.pruned.ragged import MODELING, read_ragged, write_ragged
@@ -67,6 +68,9 @@ class FlapPruner(CompressionAlgorithm):
             ranking.budget(source, config)
         except ValueError as error:
             raise ValueError(f"{key}.{error}") from error
+        if config.recovers and config.recovering.method == "lora":
+            said = key if config.target_modules is not None else f"{key}.recovery"
+            targets(source.architecture.linears, config.recovering.target_modules, said)
 
     def stages(self) -> Sequence[StageSpec]:
         """In their order."""

@@ -218,6 +218,20 @@ def test_what_a_model_contradicts_is_refused(tmp_path, keys, said):
     pruner(gqa_groups=2, head_dim=8, hidden_dim=32, remove_heads=6).preflight(source, ("ranking",))
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"PEFT_METHOD": "LoRA", "target_modules": ["query"]}, "target_modules"),
+        ({"recovery": {"method": "lora", "target_modules": ["query"]}}, "recovery.target_modules"),
+    ],
+)
+def test_adapters_of_unknown_linears_are_refused_before_anything_runs(tmp_path, keys, said):
+    source = ModelSource(save_family(tmp_path / "base", "llama"))
+    with pytest.raises(ValueError, match=rf"^llm\.FlapPruner\.{said}: no linear of a block is named query\. There are "):
+        pruner(to_finetune=True, **keys).preflight(source, ("recovery",))
+    pruner(to_finetune=False, **keys).preflight(source, ("ranking",))
+
+
 def test_a_ranking_is_no_model(tmp_path):
     source, algorithm = ModelSource(save_family(tmp_path / "base", "llama")), pruner()
     ranking = calibrate(algorithm, source, tmp_path / "ranking")
