@@ -130,7 +130,7 @@ def _with_adapters(
     model: nn.Module, source: ModelSource, config: RecoveryConfig, key: str, how: Computation, keeps_zeros: bool
 ) -> nn.Module:
     """The model with adapters beside the linears that the recipe names."""
-    chosen = _targets(source.architecture.linears, config.target_modules, key)
+    chosen = targets(source.architecture.linears, config.target_modules, key)
     settings = LoraSettings(
         rank=config.rank, alpha=config.alpha, dropout=config.dropout, keeps_zeros=keeps_zeros, seed=config.seed
     )
@@ -142,16 +142,16 @@ def _with_adapters(
     return spread(model, source, _fill, how, recomputes=config.gradient_checkpointing)
 
 
-def _targets(linears: Sequence[str], targets: Sequence[str], key: str) -> list[str]:
-    """Those of a block's linears whose names end like one of the targets.
+def targets(linears: Sequence[str], endings: Sequence[str], key: str) -> list[str]:
+    """Those of a block's linears whose names end like one of ``target_modules``.
 
     Raises:
         StageError: a target that no linear ends like.
     """
-    if not targets or _ALL_LINEARS in targets:
+    if not endings or _ALL_LINEARS in endings:
         return list(linears)
-    found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
-    unknown = [target for target, names in found.items() if not names]
+    found = {ending: [name for name in linears if f".{name}".endswith(f".{ending}")] for ending in endings}
+    unknown = [ending for ending, names in found.items() if not names]
     if unknown:
         raise StageError(
             f"{key}.target_modules: no linear of a block is named {', '.join(unknown)}. There are {', '.join(linears)}."

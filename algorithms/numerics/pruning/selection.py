@@ -15,6 +15,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+_MISSED = 0.005  # of all parameters; a larger distance from the ratio is worth a warning
 STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
 Pair = tuple[int, int]
 Item = tuple[float, int, int, int]  # negative score, kind (0 a group, 1 a neuron), block, place
@@ -63,13 +64,30 @@ def select(structure: str, blocks: Sequence[BlockScores], budget: Budget) -> lis
 
     ``UL`` gives every block the same widths, ``AL`` lets blocks compete. ``UM`` takes the same share of groups and neurons,
     ``MM`` as many groups as it is told and neurons to make up the rest, ``AM`` compares groups and neurons by their scores.
-    What whole groups cannot express is made up with neurons. Every block keeps one of each.
+    What whole groups cannot express is made up with neurons. Every block keeps one of each; a ratio that this does not allow is
+    not met, with a warning.
     """
     if structure == "AL-AM":
-        return _adaptive(blocks, budget)
-    if structure == "AL-MM":
-        return _separate(blocks, budget)
-    return _uniform(blocks, budget, proportional=structure == "UL-UM")
+        chosen = _adaptive(blocks, budget)
+    elif structure == "AL-MM":
+        chosen = _separate(blocks, budget)
+    else:
+        chosen = _uniform(blocks, budget, proportional=structure == "UL-UM")
+    _say_what_is_missed(chosen, blocks, budget)
+    return chosen
+
+
+def _say_what_is_missed(chosen: Sequence[Selection], blocks: Sequence[BlockScores], budget: Budget) -> None:
+    """A warning, where what stays is not the ratio's."""
+    total = sum(budget.cost(block.groups.numel(), block.neurons.numel()) for block in blocks)
+    stays = sum(budget.cost(len(one.groups), len(one.neurons)) for one in chosen)
+    if abs(stays - budget.left(blocks)) > max(_MISSED * total, len(blocks) * budget.neuron_cost):
+        logger.warning(
+            "%.1f%% of the weights stay instead of %.1f%%: only whole groups of heads and whole neurons can go, and every "
+            "block keeps one of each",
+            100 * stays / total,
+            100 * (1 - budget.ratio),
+        )
 
 
 def _uniform(blocks: Sequence[BlockScores], budget: Budget, *, proportional: bool) -> list[Selection]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -12,10 +13,11 @@ from torch import nn
 from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
 from algorithms.blockwise.pipeline import BITS
 from algorithms.blockwise.stages import convert, facts, read_json
+from algorithms.finetuning.recovery import targets
 from algorithms.formats.checkpoint import Calibrated
 from algorithms.formats.pruned.padded import read_padded, write_padded
 from algorithms.formats.pruned.ragged import MODELING, read_ragged, write_ragged
-from algorithms.formats.pruned.sizes import sizes
+from algorithms.formats.pruned.sizes import StoredSize, sizes
 from algorithms.formats.pruned.stock import expressible_biases
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
@@ -23,6 +25,8 @@ from algorithms.modeling.transforms.narrowing import attention_output, narrowed_
 from algorithms.pruning.flap import calibration, ranking, recovery
 from algorithms.pruning.flap.config import FlapConfig
 from algorithms.pruning.flap.recovery import recover_pruned
+
+logger = logging.getLogger(__name__)
 
 PADDED, RAGGED = "padded", "ragged"
 CONVERTED = "flap-conversion"
@@ -64,6 +68,9 @@ class FlapPruner(CompressionAlgorithm):
             ranking.budget(source, config)
         except ValueError as error:
             raise ValueError(f"{key}.{error}") from error
+        if config.recovers and config.recovering.method == "lora":
+            said = key if config.target_modules is not None else f"{key}.recovery"
+            targets(source.architecture.linears, config.recovering.target_modules, said)
 
     def stages(self) -> Sequence[StageSpec]:
         """In their order."""
@@ -172,13 +179,26 @@ class FlapPruner(CompressionAlgorithm):
         return calibration.prune(context, artifact, self._config, self._biased(context.source))
 
     def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:
+        found = sizes(Calibrated(artifact.directory), multiple=self._config.pad_neurons_to)
+        if PADDED in self.exports:
+            _say_what_padding_undoes(found)
         atomic_write_json(context.output_dir / BITS, self.bits(artifact))
-        atomic_write_json(context.output_dir / _FACTS, self._facts(artifact.directory))
+        atomic_write_json(context.output_dir / _FACTS, self._facts(artifact.directory, found))
         writers = {PADDED: partial(write_padded, multiple=self._config.pad_neurons_to), RAGGED: write_ragged}
         return convert(context, artifact, kind=CONVERTED, exports=self.exports, exporters=writers)
 
-    def _facts(self, pruned: Path) -> Mapping[str, object]:
+    def _facts(self, pruned: Path, found: Mapping[str, StoredSize]) -> Mapping[str, object]:
         """What was pruned, and what each form of it costs."""
-        found = sizes(Calibrated(pruned), multiple=self._config.pad_neurons_to)
         stored = {name: asdict(size) for name, size in found.items()}
         return {**facts(pruned)["ranking"], "compensation": self._config.compensation, "sizes": stored}
+
+
+def _say_what_padding_undoes(found: Mapping[str, StoredSize]) -> None:
+    """A warning, where blocks that kept their widths make all others as wide as they were."""
+    original, ragged, padded = (found[name].parameters for name in ("original", RAGGED, PADDED))
+    if ragged < original <= padded:
+        logger.warning(
+            "padded is no smaller than the original: each block has as many heads and neurons as the one that kept the most. "
+            "EXPORT: [ragged] has %d%% of the original's parameters; UL structures from block 0 on lose nothing by padding",
+            round(100 * ragged / original),
+        )

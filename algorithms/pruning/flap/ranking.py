@@ -108,6 +108,7 @@ def rank(context: StageContext, config: FlapConfig, biased: frozenset[str]) -> A
             advance(f"block {index + 1}")
     digest = ""
     if ranks.is_main:
+        _say_what_is_rounded(config, costs.removed_groups * sizes[0].heads_a_group)
         chosen = select(config.structure, scores, costs)
         kept = [_all(size) for size in sizes[:first]] + [Kept(groups=one.groups, neurons=one.neurons) for one in chosen]
         atomic_save_tensors(directory / _MEANS, means)
@@ -246,6 +247,12 @@ def budget(source: ModelSource, config: FlapConfig) -> Budget:
         neuron_cost=sum(shape.numel() for name, shape in shapes.items() if name not in inside) // size.neurons,
         removed_groups=removed,
     )
+
+
+def _say_what_is_rounded(config: FlapConfig, heads: int) -> None:
+    if config.tells_heads and heads != config.remove_heads:
+        alike = ", as many of every block" if config.structure.startswith("UL") else ""
+        logger.warning("remove_heads: %d heads are to go instead of %d: whole groups go%s", heads, config.remove_heads, alike)
 
 
 def _all(size: Widths) -> Kept:

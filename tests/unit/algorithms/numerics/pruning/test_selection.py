@@ -50,10 +50,17 @@ def test_a_ratio_of_zero_keeps_everything(structure):
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_one_of_each_stays_however_little_is_to_be_left(structure):
+def test_one_of_each_stays_however_little_is_to_be_left(structure, caplog):
     blocks, budget = _blocks(3), Budget(ratio=0.999, group_cost=13, neuron_cost=3, removed_groups=28)
     for one in select(structure, blocks, budget):
         assert (len(one.groups), len(one.neurons)) == (1, 1)
+    assert "4.1% of the weights stay instead of 0.1%" in caplog.text
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_nothing_is_said_of_a_ratio_that_is_met(structure, caplog):
+    select(structure, _blocks(3), Budget(ratio=0.3, group_cost=13, neuron_cost=3, removed_groups=8))
+    assert not caplog.records
 
 
 def test_uniform_shares_and_matched_numbers():

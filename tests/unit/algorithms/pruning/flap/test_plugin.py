@@ -218,6 +218,20 @@ def test_what_a_model_contradicts_is_refused(tmp_path, keys, said):
     pruner(gqa_groups=2, head_dim=8, hidden_dim=32, remove_heads=6).preflight(source, ("ranking",))
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"PEFT_METHOD": "LoRA", "target_modules": ["query"]}, "target_modules"),
+        ({"recovery": {"method": "lora", "target_modules": ["query"]}}, "recovery.target_modules"),
+    ],
+)
+def test_adapters_of_unknown_linears_are_refused_before_anything_runs(tmp_path, keys, said):
+    source = ModelSource(save_family(tmp_path / "base", "llama"))
+    with pytest.raises(ValueError, match=rf"^llm\.FlapPruner\.{said}: no linear of a block is named query\. There are "):
+        pruner(to_finetune=True, **keys).preflight(source, ("recovery",))
+    pruner(to_finetune=False, **keys).preflight(source, ("ranking",))
+
+
 def test_a_ranking_is_no_model(tmp_path):
     source, algorithm = ModelSource(save_family(tmp_path / "base", "llama")), pruner()
     ranking = calibrate(algorithm, source, tmp_path / "ranking")
@@ -242,3 +256,26 @@ def test_without_a_refit_pruning_asks_for_no_text():
         assert ranking.tokens is not None
         assert ranking.distributed
         assert not conversion.distributed
+
+
+@pytest.mark.parametrize(
+    ("exports", "keys", "is_said"),
+    [
+        (("padded",), {"start_pruning_layer_idx": 1, "pruning_ratio": 0.4}, True),
+        (("ragged",), {"start_pruning_layer_idx": 1, "pruning_ratio": 0.4}, False),
+        (("padded",), {"structure": "UL-UM", "pruning_ratio": 0.4}, False),
+        (("padded",), {"pruning_ratio": 0.0}, False),
+    ],
+)
+def test_padding_that_undoes_the_pruning_is_said(tmp_path, caplog, exports, keys, is_said):
+    run(pruner(exports, pad_neurons_to=1, **keys), ModelSource(save_family(tmp_path / "base", "llama")), tmp_path / "out")
+    assert ("padded is no smaller than the original" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize(("structure", "asked", "heads"), [("UL-MM", 2, 4), ("AL-MM", 1, 2), ("AL-MM", 2, None)])
+def test_heads_that_were_rounded_are_said(tmp_path, caplog, structure, asked, heads):
+    source = ModelSource(save_family(tmp_path / "base", "llama"))
+    run(pruner(structure=structure, remove_heads=asked, pruning_ratio=0.4), source, tmp_path / "out")
+    assert [record.args[:2] for record in caplog.records if "remove_heads" in record.message] == (
+        [(heads, asked)] if heads else []
+    )
