@@ -1,4 +1,4 @@
-"""The examples of GPTQ, AWQ, rounding to nearest and SpQR through main.py with the real plugins, data and clients, made small."""
+"""The examples of GPTQ, AWQ, rounding to nearest and SpQR through main.py with real plugins, data and clients, made small."""
 
 import hashlib
 import json
