@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -64,8 +65,16 @@ class ModelSource:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration."""
-        return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        """The model's configuration.
+
+        Raises:
+            ModelError: values that no model of its type can have.
+        """
+        try:
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except StrictDataclassError as error:
+            reason = str(error.__cause__ or error).strip()
+            raise ModelError(f"{self.directory / 'config.json'}: {reason}") from error
 
     @cached_property
     def architecture(self) -> ModelArchitecture:

@@ -29,6 +29,12 @@ from algorithms.quantization.lmquant.serving import Ranges, serving_of
 from algorithms.quantization.lmquant.settings import Settings, WeightSetting
 
 NAME = "lmquant"
+_SPELLING = (
+    ("wbits", "the width of quant.wgts.dtype"),
+    ("set groupsize:", "set the columns of quant.wgts.group_shapes to"),
+    ("groupsize", "the width of quant.wgts.group_shapes"),
+    ("set sym: true", "set quant.wgts.dtype to sintN"),
+)
 SERVING = "serving.json"  # what a server of the weights rounds besides them
 
 
@@ -68,6 +74,7 @@ def setting_of(settings: Settings, weights: WeightSetting) -> Setting:
         symmetric=weights.symmetric,
         group_size=weights.group_size,
         activation_bits=None if settings.inputs is None else settings.inputs.bits,
+        spelling=_SPELLING,
     )
 
 

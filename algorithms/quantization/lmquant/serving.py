@@ -62,24 +62,29 @@ def notes_for(settings: Settings, exports: Sequence[str]) -> tuple[str, ...]:
     if settings.cache is None:
         notes = [f"Figures are those of a server that holds {rounded[0]}."]
     if "compressed-tensors" in exports:
-        notes.append(_vllm(settings.cache))
+        notes.append(_vllm(settings.cache, _folder("compressed-tensors", exports)))
     if "qserve" in exports:
-        notes.append(_qserve(settings))
+        notes.append(_qserve(settings, _folder("qserve", exports)))
     return tuple(notes)
 
 
-def _qserve(settings: Settings) -> str:
+def _folder(name: str, exports: Sequence[str]) -> str:
+    """Where a format stands: the first in the job's folder, further ones below it."""
+    return "FOLDER" if name == exports[0] else f"FOLDER/exports/{name}"
+
+
+def _qserve(settings: Settings, folder: str) -> str:
     weights, cache = settings.weights, settings.cache
     assert weights is not None, "QServe's formats hold codes"
     precision = f"w{weights.bits}a8" + ("" if cache is None else f"kv{cache.bits}")
     others = "; SGLang with --quantization qoq" if weights.bits == _SGLANG_BITS else ""
     return (
-        "QServe serves it with: qserve_e2e_generation.py --model FOLDER --quant-path FOLDER --ifb-mode "
+        f"QServe serves it with: qserve_e2e_generation.py --model {folder} --quant-path {folder} --ifb-mode "
         f"--precision {precision} --group-size {weights.group_size}{others} (by their sources; neither was run)."
     )
 
 
-def _vllm(cache: CacheSetting | None) -> str:
+def _vllm(cache: CacheSetting | None, folder: str) -> str:
     flag = "" if cache is None or cache.bits not in _VLLM_CACHES else f" --kv-cache-dtype {_VLLM_CACHES[cache.bits]}"
     differs = ""
     if cache is not None and not flag:
@@ -88,7 +93,7 @@ def _vllm(cache: CacheSetting | None) -> str:
         differs = (
             " Its cache has a scale for each token and head and leaves queries as they are, which is nearer to the original."
         )
-    return f"vLLM serves it with: vllm serve FOLDER{flag} (by vLLM's source; it was not run).{differs}"
+    return f"vLLM serves it with: vllm serve {folder}{flag} (by vLLM's source; it was not run).{differs}"
 
 
 def _held(cache: CacheSetting) -> str:

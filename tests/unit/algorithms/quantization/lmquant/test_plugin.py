@@ -11,6 +11,7 @@ from algorithms.base import Artifact
 from algorithms.formats.client import load as client_load
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.activations.hadamard import hadamard
+from algorithms.quantization.lmquant.algorithm import refusal
 from algorithms.quantization.lmquant.pipelines import cache_ranges
 from tests.support.models import FAMILIES, confident, save_family
 from tests.unit.algorithms.quantization.lmquant.recipes import algorithm
@@ -301,6 +302,10 @@ def test_qserve_is_not_promised_where_it_is_not_written(tmp_path):
         ("sq_static", {}, ("compressed-tensors",), ["one scale for all tokens", "a scale for each token and head"], "qserve"),
         ("gchn", {}, ("qserve",), ["--precision w4a8kv4 --group-size -1; SGLang", "neither was run"], "vllm serve"),
         ("sq_dynamic", ROTATED_ROWS, ("qserve",), ["--precision w8a8kv8 --group-size -1 (by"], "SGLang"),
+        (
+            "gchn_kv8", {}, ("qserve", "compressed-tensors"),
+            ["vllm serve FOLDER/exports/compressed-tensors --kv", "--quant-path FOLDER --ifb"], "exports/qserve",
+        ),
         ("gchn", {"opts": {"dtype": "zint3", "skip_attn_k": True}}, ("dense",), ["values in 3 bits"], "vllm"),
     ],
 )  # fmt: skip
@@ -312,3 +317,11 @@ def test_whoever_serves_it_is_told_how(preset, quant, exports, said, unsaid):
 
 def test_nothing_but_weights_needs_no_words():
     assert algorithm("gptq").serving_notes() == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("compressed-tensors", "set quant.wgts.dtype to sintN, or export gptq"), ("gguf", "set quant.wgts.dtype to sintN")],
+)
+def test_refusals_name_keys_that_lmquant_has(name, said):
+    assert said in refusal(algorithm("gptq")._settings, name)
