@@ -183,8 +183,8 @@ class CompressionAlgorithm(ABC):
         """
         return model
 
-    def serving_notes(self) -> Sequence[str]:
-        """What whoever serves the result has to know, for the log and the model card, one sentence each."""
+    def serving_notes(self, output: Path) -> Sequence[str]:
+        """What whoever serves the result from its folder ``output`` has to know, for log and card, one sentence each."""
         return ()
 
     @abstractmethod

@@ -108,7 +108,7 @@ def conclude(outcome: Outcome) -> Summary:
     if outcome.formats:
         _publish(outcome, withheld=[format_folder(c.format, outcome.formats) for c in failed])
         _write_card(outcome, _summary(outcome, (), certificates))
-    for note in job.algorithm.serving_notes():
+    for note in job.algorithm.serving_notes(job.workspace.job_dir):
         logger.info("%s", note)
     figures = () if outcome.texts is None else _figures(outcome, outcome.texts)
     summary = _summary(outcome, figures, certificates)
@@ -279,7 +279,7 @@ def _write_card(outcome: Outcome, summary: Summary) -> None:
         formats=outcome.formats,
         recipe=job.workspace.recipe_path.read_text(encoding="utf-8"),
         tags=("compression", *dict.fromkeys(method.lower() for method in (*earlier, job.algorithm.name))),
-        notes=(*loading_notes(config), *job.algorithm.serving_notes()),
+        notes=(*loading_notes(config), *job.algorithm.serving_notes(job.workspace.job_dir)),
     )
     write_extra(job.workspace.job_dir / NAME, card, job.manifest, job.workspace.job_dir)
 

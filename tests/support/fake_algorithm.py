@@ -137,7 +137,7 @@ class FakeAlgorithm(CompressionAlgorithm):
         model.served = 1.0 if client else self.config.served
         return model
 
-    def serving_notes(self) -> Sequence[str]:
+    def serving_notes(self, output: Path) -> Sequence[str]:
         return (f"A server multiplies by {self.config.served}.",) if self.config.served != 1 else ()
 
     def bits(self, artifact: Artifact) -> dict[str, float]:

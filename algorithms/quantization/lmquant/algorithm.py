@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -76,9 +77,9 @@ class Lmquant(CompressionAlgorithm):
                 serving_of(self._settings, ranges).apply(block, architecture.linears, architecture)
         return model
 
-    def serving_notes(self) -> Sequence[str]:
+    def serving_notes(self, output: Path) -> Sequence[str]:
         """What is rounded besides the weights, and the commands that serve it so."""
-        return notes_for(self._settings, self.exports)
+        return notes_for(self._settings, self.exports, output)
 
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
         """Stored bits by component, and the number of compressed weights."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -49,8 +51,8 @@ def check_heads(settings: Settings, config: PretrainedConfig) -> None:
     serving_of(settings, _UNKNOWN).check(config)
 
 
-def notes_for(settings: Settings, exports: Sequence[str]) -> tuple[str, ...]:
-    """Sentences for the log and the model card."""
+def notes_for(settings: Settings, exports: Sequence[str], output: Path) -> tuple[str, ...]:
+    """Sentences for the log and the model card of a result in the folder ``output``."""
     rounded = []
     if settings.inputs is not None:
         rounded.append(f"the inputs of linears in {settings.inputs.bits} bits (a scale for each token)")
@@ -62,15 +64,15 @@ def notes_for(settings: Settings, exports: Sequence[str]) -> tuple[str, ...]:
     if settings.cache is None:
         notes = [f"Figures are those of a server that holds {rounded[0]}."]
     if "compressed-tensors" in exports:
-        notes.append(_vllm(settings.cache, _folder("compressed-tensors", exports)))
+        notes.append(_vllm(settings.cache, _folder("compressed-tensors", exports, output)))
     if "qserve" in exports:
-        notes.append(_qserve(settings, _folder("qserve", exports)))
+        notes.append(_qserve(settings, _folder("qserve", exports, output)))
     return tuple(notes)
 
 
-def _folder(name: str, exports: Sequence[str]) -> str:
+def _folder(name: str, exports: Sequence[str], output: Path) -> str:
     """Where a format stands: the first in the job's folder, further ones below it."""
-    return "FOLDER" if name == exports[0] else f"FOLDER/exports/{name}"
+    return shlex.quote(str(output if name == exports[0] else output / "exports" / name))
 
 
 def _qserve(settings: Settings, folder: str) -> str:

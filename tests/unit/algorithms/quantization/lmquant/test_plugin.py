@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,13 +311,13 @@ def test_qserve_is_not_promised_where_it_is_not_written(tmp_path):
     ],
 )  # fmt: skip
 def test_whoever_serves_it_is_told_how(preset, quant, exports, said, unsaid):
-    notes = " ".join(algorithm(preset, exports, quant=quant).serving_notes())
+    notes = " ".join(algorithm(preset, exports, quant=quant).serving_notes(Path("FOLDER")))
     assert all(part in notes for part in said)
     assert unsaid not in notes
 
 
 def test_nothing_but_weights_needs_no_words():
-    assert algorithm("gptq").serving_notes() == ()
+    assert algorithm("gptq").serving_notes(Path("FOLDER")) == ()
 
 
 @pytest.mark.parametrize(
