@@ -1,6 +1,6 @@
 """A Llama written as another model that computes the same: with loud channels, or as a qwen2 or a gemma.
 
-    python -m tests.benchmarks.same_function loud|qwen2|gemma MODEL OUT
+    python -m tests.benchmarks.prepared.same_function loud|qwen2|gemma MODEL OUT
 
 ``loud`` multiplies the gains of every norm by 30 in 6 channels and divides the columns that read them: large models
 have such channels, and rounding suffers from them. ``qwen2`` has biases of zero, ``gemma`` gains less one and embeddings less
