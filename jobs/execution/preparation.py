@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import shlex
 import tomllib
@@ -26,6 +27,8 @@ from jobs.planning import Plan, PlannedStage, Selection, Situation, make_plan
 from jobs.reporting.model_card import NAME as CARD
 from jobs.results.artifacts import ABSENT, Condition, canonical_digest, check_files
 from jobs.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 _PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -81,6 +84,14 @@ class Materials:
             )
         here, allowed = {spec.name for spec in self.specs}, recipe.stages
         absent = [n for n in self.loaded.parameters.stage_names if n not in here and (allowed is None or n in allowed)]
+        positions = self.source.config.to_dict().get("max_position_embeddings")
+        for stage in plan.runs:
+            length = 0 if stage.spec.tokens is None else stage.spec.tokens.sequence_length
+            if positions is not None and length > positions:
+                logger.warning(
+                    "Stage %s asks for sequences of %d tokens, longer than the %d that the model was made for; lower its "
+                    "model_seqlen.", stage.spec.name, length, positions,
+                )  # fmt: skip
         with users_mistakes():
             self.algorithm.preflight(self.source, [*(stage.spec.name for stage in plan.runs), *absent])
 
