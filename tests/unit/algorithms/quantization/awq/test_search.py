@@ -111,7 +111,8 @@ def test_a_column_s_cost_adds_up_to_the_output_s_error_where_inputs_do_not_agree
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(24, 32, generator=generator)
     tokens = torch.diag(torch.rand(32, generator=generator) * 4)
-    statistics = ChannelStatistics(hessian=tokens.T @ tokens / 32, mean_size=tokens.mean(0), largest=tokens.amax(0))
+    hessian = tokens.T @ tokens / 32
+    statistics = ChannelStatistics(hessian=hessian, mean_size=tokens.mean(0), largest=tokens.amax(0), sample=tokens)
     chosen = ScaleSearch(_config(gptq=False)).best([matrix[:16], matrix[16:]], statistics)
 
     def error(factors):
