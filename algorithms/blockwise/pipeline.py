@@ -154,11 +154,6 @@ def check_groups(source: ModelSource, group_size: int, key: str) -> None:
         )
 
 
-def dense_reader(directory: Path) -> nn.Module:
-    """An export of plain weights in float32."""
-    return stages.load_checkpoint(directory, dict)
-
-
 def _added(original: ModelSource, viewed: ModelSource) -> Mapping[str, int]:
     """Bits of parameters that a view of a model has beyond the model's own."""
     added = viewed.num_parameters - original.num_parameters

@@ -57,9 +57,7 @@ class Calibrated:
             yield found
 
     def _damaged(self, index: int) -> ValueError:
-        return ValueError(
-            f"block {index} of {self.directory} is missing or damaged; run the job again with overwrite=[calibration]"
-        )
+        return ValueError(f"block {index} of {self.directory} is missing or damaged; run the job again with overwrite: true")
 
 
 def write_checkpoint(

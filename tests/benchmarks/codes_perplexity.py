@@ -17,6 +17,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,29 +48,18 @@ llm: {{{algorithm}: {{save_intermediate_results: true, nsamples: 128, model_seql
 """
 
 
-def run(setting: str, arguments: argparse.Namespace, folder: Path) -> tuple[Path, float, dict[str, float]]:
-    """Run the job; returns the folder of the dense model, the calibration's user CPU seconds, and its bits a weight."""
-    algorithm, *keys = setting.split()
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.format(algorithm=algorithm), encoding="utf-8")
-    command = [sys.executable, "main.py", "--yaml_path", str(recipe), f"USER_FOLDER={folder}"]
-    command += [f"MODEL={arguments.model.resolve()}", f"DATA_PATH={arguments.tokens.resolve()}"]
-    command += [f"llm.{algorithm}.{key}" for key in (f"seed={arguments.seed}", *keys, *arguments.overrides)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    job = folder / "jobs" / "Kompress" / "benchmark"
-    manifest = json.loads((job / "manifest.json").read_text(encoding="utf-8"))
-    bits = json.loads((job / "bits_report.json").read_text(encoding="utf-8"))
-    parameters = bits.pop("parameters")
-    bits.pop("added", None)
-    return job, manifest["stages"]["calibration"]["user_cpu_s"], {name: value / parameters for name, value in bits.items()}
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A finished job: its folder, the user CPU seconds of its stages, and its bits report."""
+
+    folder: Path
+    seconds: Mapping[str, float]
+    bits: Mapping[str, float]
 
 
-def main() -> None:
-    """Run the benchmark and print one line a setting."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments_of(description: str) -> argparse.Namespace:
+    """What the benchmarks that score one job a setting are told; ``texts`` are read already."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
@@ -77,19 +68,57 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    texts = {name: read_text(Path(file)) for name, _, file in (entry.partition("=") for entry in arguments.text)}
+    pairs = (entry.partition("=") for entry in arguments.text)
+    arguments.texts = {name: read_text(Path(file)) for name, _, file in pairs}
+    return arguments
+
+
+def run_job(recipe: str, algorithm: str, keys: Sequence[str], arguments: argparse.Namespace, folder: Path) -> Job:
+    """Run a recipe (YAML) with keys of its algorithm's block, through main.py on one thread."""
+    file = folder / "recipe.yaml"
+    file.write_text(recipe, encoding="utf-8")
+    command = [sys.executable, "main.py", "--yaml_path", str(file), f"USER_FOLDER={folder}"]
+    command += [f"MODEL={arguments.model.resolve()}", f"DATA_PATH={arguments.tokens.resolve()}"]
+    command += [f"llm.{algorithm}.{key}" for key in (f"seed={arguments.seed}", *keys, *arguments.overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    job = folder / "jobs" / "Kompress" / "benchmark"
+    manifest = json.loads((job / "manifest.json").read_text(encoding="utf-8"))
+    return Job(
+        folder=job,
+        seconds={name: stage["user_cpu_s"] for name, stage in manifest["stages"].items()},
+        bits=json.loads((job / "bits_report.json").read_text(encoding="utf-8")),
+    )
+
+
+def run(setting: str, arguments: argparse.Namespace, folder: Path) -> tuple[Path, float, dict[str, float]]:
+    """Run the job; returns the folder of the dense model, the calibration's user CPU seconds, and its bits a weight."""
+    algorithm, *keys = setting.split()
+    job = run_job(RECIPE.format(algorithm=algorithm), algorithm, keys, arguments, folder)
+    bits = {name: value / job.bits["parameters"] for name, value in job.bits.items() if name not in ("parameters", "added")}
+    return job.folder, job.seconds["calibration"], bits
+
+
+def told(setting: str, figures: Mapping[str, float], rest: str) -> None:
+    """Print the perplexities of a setting and their geometric mean, and the rest."""
+    mean = math.exp(sum(math.log(value) for value in figures.values()) / len(figures))
+    each = " / ".join(f"{value:.2f}" for value in figures.values())
+    sys.stdout.write(f"{setting}\n    {each}   geometric mean {mean:.3f}   {rest}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Run the benchmark and print three lines a setting."""
+    arguments = arguments_of(__doc__)
     for setting in arguments.setting or SETTINGS:
         with tempfile.TemporaryDirectory() as folder:
             job, seconds, bits = run(setting, arguments, Path(folder))
-            figures = score(AutoModelForCausalLM.from_pretrained(job, dtype=torch.float32), job, texts, arguments.skip)
-        mean = math.exp(sum(math.log(value) for value in figures.values()) / len(figures))
-        each = " / ".join(f"{value:.2f}" for value in figures.values())
+            model = AutoModelForCausalLM.from_pretrained(job, dtype=torch.float32)
+            figures = score(model, job, arguments.texts, arguments.skip)
         parts = ", ".join(f"{name} {value:.3f}" for name, value in bits.items())
-        total = sum(bits.values())
-        sys.stdout.write(
-            f"{setting}\n    {each}   geometric mean {mean:.3f}   {seconds:.1f} CPU s\n    {total:.3f} bits: {parts}\n"
-        )
-        sys.stdout.flush()
+        told(setting, figures, f"{seconds:.1f} CPU s\n    {sum(bits.values()):.3f} bits: {parts}")
 
 
 if __name__ == "__main__":

@@ -10,19 +10,14 @@ tests/benchmarks/aqlm_perplexity. Without --setting, those of SETTINGS are run. 
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.benchmarks.aqlm_perplexity import ROOT, read_text, score
+from tests.benchmarks.aqlm_perplexity import score
+from tests.benchmarks.codes_perplexity import arguments_of, run_job, told
 
 STRUCTURES = ("AL-AM", "UL-MM")
 RATIOS = (0.2, 0.5)
@@ -30,7 +25,7 @@ METRICS = ("metrics=OBS", "metrics=WIFV", "metrics=WIFV compensation=bias")
 SETTINGS = tuple(
     f"structure={structure} pruning_ratio={ratio} {how}" for structure in STRUCTURES for ratio in RATIOS for how in METRICS
 )
-STAGES = ("ranking", "pruning")
+STAGES = ("ranking", "pruning", "recovery")
 RECIPE = """
 ALGORITHM: FlapPruner
 JOB_SERVICE: Kompress
@@ -41,43 +36,17 @@ llm: {FlapPruner: {save_intermediate_results: true, nsamples: 128, model_seqlen:
 """
 
 
-def run(setting: str, arguments: argparse.Namespace, folder: Path) -> tuple[Path, list[float], float]:
-    """Run the job; returns the folder of the model, the user CPU seconds of its stages, and the share of weights left."""
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE, encoding="utf-8")
-    command = [sys.executable, "main.py", "--yaml_path", str(recipe), f"USER_FOLDER={folder}"]
-    command += [f"MODEL={arguments.model.resolve()}", f"DATA_PATH={arguments.tokens.resolve()}"]
-    command += [f"llm.FlapPruner.{key}" for key in (*setting.split(), *arguments.overrides)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    job = folder / "jobs" / "Kompress" / "benchmark"
-    stages = json.loads((job / "manifest.json").read_text(encoding="utf-8"))["stages"]
-    bits = json.loads((job / "bits_report.json").read_text(encoding="utf-8"))
-    return job, [stages[name]["user_cpu_s"] for name in STAGES], bits["weights"] / 16 / bits["parameters"]
-
-
 def main() -> None:
-    """Run the benchmark and print one line a setting."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
-    parser.add_argument("--setting", action="append")
-    parser.add_argument("--skip", type=int, default=0)
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    texts = {name: read_text(Path(file)) for name, _, file in (entry.partition("=") for entry in arguments.text)}
+    """Run the benchmark and print two lines a setting."""
+    arguments = arguments_of(__doc__)
     for setting in arguments.setting or SETTINGS:
         with tempfile.TemporaryDirectory() as folder:
-            job, seconds, left = run(setting, arguments, Path(folder))
-            figures = score(AutoModelForCausalLM.from_pretrained(job, dtype=torch.float32), job, texts, arguments.skip)
-        mean = math.exp(sum(math.log(value) for value in figures.values()) / len(figures))
-        each = " / ".join(f"{value:.2f}" for value in figures.values())
-        cost = " + ".join(f"{value:.1f}" for value in seconds)
-        sys.stdout.write(f"{setting}\n    {each}   geometric mean {mean:.3f}   {left:.2%} left   {cost} CPU s\n")
-        sys.stdout.flush()
+            job = run_job(RECIPE, "FlapPruner", setting.split(), arguments, Path(folder))
+            model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32)
+            figures = score(model, job.folder, arguments.texts, arguments.skip)
+        left = job.bits["weights"] / 16 / job.bits["parameters"]
+        cost = " + ".join(f"{job.seconds[name]:.1f}" for name in STAGES if name in job.seconds)
+        told(setting, figures, f"{left:.2%} left   {cost} CPU s")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ plugin's own reader, computing as the job's evaluation does. Without --setting, 
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,8 +19,8 @@ from algorithms.base import Artifact
 from algorithms.modeling.source import ModelSource
 from algorithms.registry import algorithm_class, config_class
 from configs.loader import load_recipe
-from tests.benchmarks.aqlm_perplexity import read_text, score
-from tests.benchmarks.codes_perplexity import run
+from tests.benchmarks.aqlm_perplexity import score
+from tests.benchmarks.codes_perplexity import arguments_of, run, told
 
 KV4 = "LMQuant quant_type=g128 quant.wgts.dtype=null quant.ipts.dtype=null quant.enable_reorder=false"
 PRESETS = ("g128", "gchn", "w4a8kv4_sym", "gchn_kv8", "sq_dynamic", "sq_static", "awq", "gptq")
@@ -44,26 +41,13 @@ def served(job: Path, model: Path) -> nn.Module:
 
 
 def main() -> None:
-    """Run the benchmark and print three lines a setting."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
-    parser.add_argument("--setting", action="append")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip", type=int, default=0)
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    texts = {name: read_text(Path(file)) for name, _, file in (entry.partition("=") for entry in arguments.text)}
+    """Run the benchmark and print two lines a setting."""
+    arguments = arguments_of(__doc__)
     for setting in arguments.setting or SETTINGS:
         with tempfile.TemporaryDirectory() as folder:
             job, seconds, bits = run(setting, arguments, Path(folder))
-            figures = score(served(job, arguments.model), arguments.model, texts, arguments.skip)
-        mean = math.exp(sum(math.log(value) for value in figures.values()) / len(figures))
-        each = " / ".join(f"{value:.2f}" for value in figures.values())
-        total = sum(bits.values())
-        sys.stdout.write(f"{setting}\n    {each}   geometric mean {mean:.3f}   {seconds:.1f} CPU s   {total:.3f} bits\n")
-        sys.stdout.flush()
+            figures = score(served(job, arguments.model), arguments.model, arguments.texts, arguments.skip)
+        told(setting, figures, f"{seconds:.1f} CPU s   {sum(bits.values()):.3f} bits")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,6 @@ class Structure:
             neurons=max(most, min(rounded, self.original.neurons)),
         )
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all blocks have the same widths."""
-        return len(set(self.blocks)) == 1
-
 
 def structure_of(calibrated: Calibrated, *, multiple: int = 1) -> Structure:
     """Of a pruned calibration, from the heads of its files; ``multiple`` as in :class:`Structure`.

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from algorithms.blockwise.config import BlockwiseParameters
-from algorithms.blockwise.pipeline import Pipeline, check_groups, dense_reader, linear_shapes
-from algorithms.blockwise.stages import _spread
+from algorithms.blockwise.pipeline import Pipeline, check_groups, linear_shapes
+from algorithms.blockwise.stages import _spread, load_checkpoint
 from algorithms.blockwise.uniform_exports import Setting
 from algorithms.blockwise.uniform_method import uniform_pipeline
 from algorithms.modeling.source import ModelSource
@@ -142,7 +142,7 @@ def test_an_export_loads_as_the_calibration_does(source, tmp_path):
     expected = pipeline.load(calibrated).state_dict()
     found = pipeline.load(converted).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    dense = dense_reader(converted.directory / "exports" / "dense").state_dict()
+    dense = load_checkpoint(converted.directory / "exports" / "dense", dict).state_dict()
     assert all(torch.equal(dense[name], tensor.half().float()) for name, tensor in expected.items())
 
 
