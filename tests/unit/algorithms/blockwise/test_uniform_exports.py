@@ -240,5 +240,5 @@ def test_a_missing_block_is_named(tmp_path):
     model = quantized_llama(tmp_path / "base", bits=4)
     folder, _ = _calibration(tmp_path / "calibration", model, SETTINGS[0])
     (folder / "1.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"block 1 .*overwrite=\[calibration\]"):
+    with pytest.raises(ValueError, match=r"block 1 .*overwrite: true"):
         load_calibrated(Artifact(kind="x", directory=folder, digest="").directory, uniform.dense_state)
