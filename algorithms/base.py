@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from algorithms.modeling.on_demand import resident
 from algorithms.modeling.source import ModelSource
 from algorithms.parallel.ranks import ALONE, Ranks
 
@@ -169,14 +170,22 @@ class CompressionAlgorithm(ABC):
         """The stages of this configuration, in order."""
 
     @abstractmethod
+    def open(self, artifact: Artifact) -> nn.Module:
+        """Any artifact of this algorithm as a float32 Hugging Face model that runs, with the values that would be exported.
+
+        Where it can, it reads its blocks when they compute (``algorithms.modeling.on_demand``), so that the memory of one block
+        is enough to score it.
+        """
+
     def load(self, artifact: Artifact) -> nn.Module:
-        """Any artifact of this algorithm as a float32 Hugging Face model that runs, with the values that would be exported."""
+        """What :meth:`open` gives, with all its weights in memory."""
+        return resident(self.open(artifact))
 
     def as_served(self, model: nn.Module, artifact: Artifact, source: ModelSource, client: str | None = None) -> nn.Module:
         """A loaded model as it computes where it is served: the same, unless a server rounds more than weights.
 
         Args:
-            model: as :meth:`load` gives it; may be changed, and be handed over again.
+            model: as :meth:`load` or :meth:`open` gives it; may be changed, and be handed over again.
             artifact: what it was loaded from.
             source: the model of the job.
             client: a format, whose client on this machine it is to compute like; without, as it is served.

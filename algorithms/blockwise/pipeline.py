@@ -84,10 +84,10 @@ class Pipeline(Generic[Weight]):
             ),
         )
 
-    def load(self, artifact: Artifact) -> nn.Module:
-        """A calibration or an export as a float32 model."""
+    def open(self, artifact: Artifact) -> nn.Module:
+        """A calibration or an export as a float32 model that reads its blocks when they compute."""
         if artifact.kind == self.calibrated_kind:
-            return stages.load_calibrated(artifact.directory, self.method.dense_state)
+            return stages.open_calibrated(artifact.directory, self.method.dense_state)
         return self.read_export(artifact.directory)
 
     def bits(self, artifact: Artifact) -> Mapping[str, float]:

@@ -22,6 +22,7 @@ from algorithms.modeling.block_loop import BlockCompressor, Streams, compress_bl
 from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, folder_digest
+from algorithms.modeling.on_demand import folder_on_demand, on_demand, resident
 from algorithms.modeling.source import ModelSource
 
 _TOKENS_PER_BATCH = 4096
@@ -110,21 +111,28 @@ def convert(
     return Artifact(kind=kind, directory=context.output_dir, digest=folder_digest(context.output_dir))
 
 
-def load_calibrated(directory: Path, dense_state: DenseState) -> nn.Module:
-    """A calibrated model in float32, with the values that are stored; ``dense_state`` decodes the tensors of one block."""
+def open_calibrated(directory: Path, dense_state: DenseState) -> nn.Module:
+    """A calibrated model with the values that are stored, in float32, read block by block when it computes.
+
+    ``dense_state`` decodes the tensors of one block.
+    """
     calibrated = Calibrated(directory)
-    state = {name: tensor.float() for name, tensor in calibrated.outside().items()}
-    for index, tensors in calibrated.blocks():
-        prefix = calibrated.source.block_prefix(index)
-        state |= {prefix + name: tensor.float() for name, tensor in dense_state(tensors).items()}
-    return calibrated.source.model_from(state)
+    return on_demand(calibrated.source, calibrated.outside(), lambda index: dense_state(calibrated.block(index)))
+
+
+def open_checkpoint(directory: Path, dense_state: DenseState) -> nn.Module:
+    """An exported checkpoint, read without any client, block by block when it computes."""
+    return folder_on_demand(ModelSource(directory), dense_state)
+
+
+def load_calibrated(directory: Path, dense_state: DenseState) -> nn.Module:
+    """What :func:`open_calibrated` opens, in memory."""
+    return resident(open_calibrated(directory, dense_state))
 
 
 def load_checkpoint(directory: Path, dense_state: DenseState) -> nn.Module:
-    """An exported checkpoint in float32, read without any client."""
-    source = ModelSource(directory)
-    state = {name: tensor.float() for name, tensor in dense_state(source.tensors(source.weight_files)).items()}
-    return source.model_from(state)
+    """What :func:`open_checkpoint` opens, in memory."""
+    return resident(open_checkpoint(directory, dense_state))
 
 
 def round_to_storage(block: nn.Module, compressed: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from algorithms.blockwise.pipeline import linear_shapes
-from algorithms.blockwise.stages import Exporter, load_checkpoint, read_json
+from algorithms.blockwise.stages import Exporter, open_checkpoint, read_json
 from algorithms.formats import awq, compressed_tensors, gptq, uniform
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
 from algorithms.formats.gguf import file as gguf
@@ -116,19 +116,19 @@ def read_export(directory: Path) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf.FILE_NAME, dtype=torch.float32)
     settings = read_json(directory / "config.json").get("quantization_config")
     if settings is None:
-        return load_checkpoint(directory, dict)
+        return open_checkpoint(directory, dict)
     if settings["quant_method"] == "compressed-tensors":
         bits = settings["config_groups"]["group_0"]["weights"]["num_bits"]
         unpack = partial(compressed_tensors.unpack, bits=bits)
-        return load_checkpoint(directory, partial(_decoded, key="weight_packed", unpack=unpack))
+        return open_checkpoint(directory, partial(_decoded, key="weight_packed", unpack=unpack))
     if settings["quant_method"] == "awq":
         unpack = partial(awq.unpack, group_size=settings["group_size"], version=settings["version"])
-        return load_checkpoint(directory, partial(_decoded, key="qweight", unpack=unpack))
+        return open_checkpoint(directory, partial(_decoded, key="qweight", unpack=unpack))
     offset = gptq.FIRST_VERSION
     if settings["quant_method"] == "auto-round":
         offset = gptq.auto_round_zero_offset(settings["sym"])
     unpack = partial(gptq.unpack, bits=settings["bits"], zero_offset=offset)
-    return load_checkpoint(directory, partial(_decoded, key="qweight", unpack=unpack))
+    return open_checkpoint(directory, partial(_decoded, key="qweight", unpack=unpack))
 
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "qweight", "qzeros", "scales", "g_idx")

@@ -39,10 +39,18 @@ class Calibrated:
             ValueError: a block is missing or damaged.
         """
         for index in range(self.source.num_blocks):
-            loaded = self._store.load(index)
-            if loaded is None:
-                raise self._damaged(index)
-            yield index, loaded[0]
+            yield index, self.block(index)
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Stored tensors of one block, named relative to it.
+
+        Raises:
+            ValueError: the block is missing or damaged.
+        """
+        loaded = self._store.load(index)
+        if loaded is None:
+            raise self._damaged(index)
+        return loaded[0]
 
     def shapes(self) -> Iterator[dict[str, tuple[int, ...]]]:
         """Shapes of every block's tensors, in order, without reading these.

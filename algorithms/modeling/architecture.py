@@ -69,6 +69,11 @@ _TABLE = {
 }
 
 
+def is_known(model_type: str) -> bool:
+    """Whether the table has a row for a ``model_type``."""
+    return model_type in _TABLE
+
+
 def architecture_for(model_type: str) -> ModelArchitecture:
     """The row of a ``model_type`` as config.json spells it.
 

@@ -152,10 +152,11 @@ def fits_held(block: nn.Module, activations: Activations, names: Sequence[str]) 
     hidden = activations.batches[0].shape[-1] if activations.batches else 0
     widest = max((block.get_submodule(name).weight.shape[1] for name in names), default=0)
     tokens = sum(batch.shape[0] * batch.shape[1] for batch in activations.batches)
-    return tokens * (2 * hidden + widest) * 4 <= _HELD_SHARE * _free_bytes(activations.device)
+    return tokens * (2 * hidden + widest) * 4 <= _HELD_SHARE * free_bytes(activations.device)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device, or of this machine, that nobody uses."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

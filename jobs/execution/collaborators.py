@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from algorithms.base import CompressionAlgorithm, TokenRequest
-from algorithms.modeling import evaluation
+from algorithms.modeling.evaluation import perplexity as evaluation
 from algorithms.modeling.source import ModelSource
 from algorithms.registry import algorithm_class
 from configs.recipe import Recipe

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from algorithms.modeling.evaluation import perplexity
+from algorithms.modeling.evaluation.perplexity import perplexity
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 ROOT = RECIPE.parents[2]

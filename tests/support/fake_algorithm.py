@@ -130,7 +130,7 @@ class FakeAlgorithm(CompressionAlgorithm):
         if self.config.hidden and "finetune" in stages:
             raise DataError("finetune cannot run here")
 
-    def load(self, artifact: Artifact) -> nn.Module:
+    def open(self, artifact: Artifact) -> nn.Module:
         return TableModel(load_file(str(artifact.directory / "model.safetensors"))["table"])
 
     def as_served(self, model: nn.Module, artifact: Artifact, source: FakeSource, client: str | None = None) -> nn.Module:

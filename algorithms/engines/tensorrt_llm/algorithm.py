@@ -83,7 +83,7 @@ class TensorRtLlm(CompressionAlgorithm):
             build_command(family, config, checkpoint=checkpoint, output=output),
         )
 
-    def load(self, artifact: Artifact) -> nn.Module:
+    def open(self, artifact: Artifact) -> nn.Module:
         """Nothing here reads an engine.
 
         Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint
 from algorithms.formats.pruned.structure import structure_of, with_biases
 from algorithms.modeling.files import atomic_write_json
+from algorithms.modeling.on_demand import folder_on_demand
 from algorithms.modeling.source import ModelError, ModelSource
-from algorithms.modeling.transforms.narrowing import narrowed_model
+from algorithms.modeling.transforms.narrowing import fill_narrowed
 
 MODELING = "modeling_ragged.py"
 _RESOURCE = Path(__file__).with_name(MODELING)
@@ -55,23 +56,13 @@ def write_ragged(calibrated: Calibrated, directory: Path) -> None:
 
 
 def read_ragged(directory: Path) -> nn.Module:
-    """The model of such a folder in float32, without its modelling file.
+    """The model of such a folder in float32, without its modelling file, read block by block when it computes.
 
     Raises:
         ModelError: another kind of folder, or missing tensors.
     """
     source = _BaseSource(directory)
-    tensors = source.tensors(source.weight_files, torch.float32)
-    blocks: list[dict[str, Tensor]] = [{} for _ in range(source.num_blocks)]
-    outside = {}
-    listed = f"{source.architecture.blocks}."
-    for name, tensor in tensors.items():
-        if name.startswith(listed):
-            number, _, inner = name.removeprefix(listed).partition(".")
-            blocks[int(number)][inner] = tensor
-        else:
-            outside[name] = tensor
-    return narrowed_model(source, outside, blocks)
+    return folder_on_demand(source, fill=partial(fill_narrowed, architecture=source.architecture))
 
 
 def load_shipped(directory: Path) -> nn.Module:

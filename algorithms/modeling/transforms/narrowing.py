@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from algorithms.modeling.architecture import ModelArchitecture
+from algorithms.modeling.on_demand import BlockTensors, fill_block, on_demand
 from algorithms.modeling.source import ModelError, ModelSource
 
 
@@ -96,31 +98,28 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def fill_narrowed(block: nn.Module, tensors: Mapping[str, Tensor], architecture: ModelArchitecture) -> None:
-    """Give a block the stored tensors of a narrowed one, named relative to the block; its linears take their shapes."""
+    """Give a block the stored tensors of a narrowed one, named relative to the block; its linears take their shapes.
+
+    Raises:
+        ModelError: a tensor is missing or unknown.
+    """
     for name in architecture.linears:
+        if f"{name}.weight" not in tensors:
+            raise ModelError(f"weights do not fit the model (missing {name}.weight)")
         block.set_submodule(name, linear_of(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")))
-    block.load_state_dict(dict(tensors), assign=True)
+    fill_block(block, tensors)
     block.requires_grad_(False)
 
 
-def narrowed_model(source: ModelSource, outside: Mapping[str, Tensor], blocks: Sequence[Mapping[str, Tensor]]) -> nn.Module:
-    """A float32 model whose blocks have the widths of their tensors.
+def narrowed_on_demand(source: ModelSource, outside: Mapping[str, Tensor], read: BlockTensors) -> nn.Module:
+    """A float32 model whose blocks have the widths of their tensors and are read when they compute.
 
     Args:
         source: of the original configuration.
         outside: tensors that belong to no block, by their full names; a tied head may be left out.
-        blocks: tensors of every block, named relative to it.
+        read: number of a block -> its tensors, named relative to it.
 
     Raises:
-        ModelError: a tensor is missing.
+        ModelError: a tensor is missing, once it is read.
     """
-    model = source.skeleton()
-    model.load_state_dict({name: tensor.float() for name, tensor in outside.items()}, strict=False, assign=True)
-    listed = model.get_submodule(source.architecture.blocks)
-    for block, tensors in zip(listed, blocks, strict=True):
-        fill_narrowed(block, {name: tensor.float() for name, tensor in tensors.items()}, source.architecture)
-    model.tie_weights()
-    missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
-    if missing:
-        raise ModelError(f"{source.directory}: weights do not fit the model (missing {missing[:3]})")
-    return model.eval().requires_grad_(False)
+    return on_demand(source, outside, read, fill=partial(fill_narrowed, architecture=source.architecture))

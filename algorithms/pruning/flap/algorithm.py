@@ -21,7 +21,7 @@ from algorithms.formats.pruned.sizes import StoredSize, sizes
 from algorithms.formats.pruned.stock import expressible_biases
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
-from algorithms.modeling.transforms.narrowing import attention_output, narrowed_model, neuron_output, widths
+from algorithms.modeling.transforms.narrowing import attention_output, narrowed_on_demand, neuron_output, widths
 from algorithms.pruning.flap import calibration, ranking, recovery
 from algorithms.pruning.flap.config import FlapConfig
 from algorithms.pruning.flap.recovery import recover_pruned
@@ -108,8 +108,8 @@ class FlapPruner(CompressionAlgorithm):
             ),
         )
 
-    def load(self, artifact: Artifact) -> nn.Module:
-        """What a stage after the ranking has left, as a float32 model.
+    def open(self, artifact: Artifact) -> nn.Module:
+        """What a stage after the ranking has left, as a float32 model that reads its blocks when they compute.
 
         Raises:
             ValueError: a ranking, which holds no weights.
@@ -120,7 +120,7 @@ class FlapPruner(CompressionAlgorithm):
         if artifact.kind == CONVERTED:
             return read_ragged(directory) if (directory / MODELING).is_file() else read_padded(directory)
         calibrated = Calibrated(directory)
-        return narrowed_model(calibrated.source, calibrated.outside(), [tensors for _, tensors in calibrated.blocks()])
+        return narrowed_on_demand(calibrated.source, calibrated.outside(), calibrated.block)
 
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
         """Bits of the linears' weights that are left, and the number of weights that there were."""

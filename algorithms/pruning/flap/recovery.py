@@ -14,7 +14,8 @@ from algorithms.formats.checkpoint import Calibrated
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.files import atomic_write_json, folder_digest
-from algorithms.modeling.transforms.narrowing import narrowed_model
+from algorithms.modeling.on_demand import resident
+from algorithms.modeling.transforms.narrowing import narrowed_on_demand
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def _tune(context: StageContext, artifact: Artifact, config: RecoveryConfig) -> 
     pruned, directory, ranks = Calibrated(artifact.directory), context.output_dir, context.ranks
     if ranks.is_main:
         (directory / _FACTS).unlink(missing_ok=True)  # of a result that has been damaged since
-    model = narrowed_model(pruned.source, pruned.outside(), [tensors for _, tensors in pruned.blocks()])
+    model = resident(narrowed_on_demand(pruned.source, pruned.outside(), pruned.block))
     history = recover(context, context.source, model, config, "llm.FlapPruner.recovery")
     if history.is_usable:
         store = BlockStore(directory)

@@ -80,11 +80,11 @@ class Aqlm(CompressionAlgorithm):
             ),
         )
 
-    def load(self, artifact: Artifact) -> nn.Module:
+    def open(self, artifact: Artifact) -> nn.Module:
         """A calibration, tuned or not, or a converted checkpoint as a float32 model."""
         if artifact.kind in (stages.CALIBRATED, TUNED):
-            return stages.load_calibrated(artifact.directory)
-        return stages.load_converted(artifact.directory)
+            return stages.open_calibrated(artifact.directory)
+        return stages.open_converted(artifact.directory)
 
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
         """Stored bits of codes, codebooks and scales over all compressed linears, and the number of weights they hold."""

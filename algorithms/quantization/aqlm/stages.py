@@ -42,14 +42,14 @@ def convert(context: StageContext, artifact: Artifact, config: CalibrationConfig
     return blockwise.convert(context, artifact, kind=CONVERTED, exports=exports, exporters=exporters)
 
 
-def load_calibrated(calibrated: Path) -> nn.Module:
-    """The calibrated model in float32, with the float16 values that are stored."""
-    return blockwise.load_calibrated(calibrated, dense_state)
+def open_calibrated(calibrated: Path) -> nn.Module:
+    """The calibrated model in float32, with the float16 values that are stored, read block by block when it computes."""
+    return blockwise.open_calibrated(calibrated, dense_state)
 
 
-def load_converted(directory: Path) -> nn.Module:
+def open_converted(directory: Path) -> nn.Module:
     """A checkpoint in the AQLM or the dense layout as a float32 model, read without any client."""
-    return blockwise.load_checkpoint(directory, dense_state)
+    return blockwise.open_checkpoint(directory, dense_state)
 
 
 def codebook_sizes(config: CalibrationConfig) -> dict[str, int]:

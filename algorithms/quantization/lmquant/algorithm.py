@@ -59,9 +59,9 @@ class Lmquant(CompressionAlgorithm):
         """Calibration and conversion."""
         return self._pipeline.specs()
 
-    def load(self, artifact: Artifact) -> nn.Module:
+    def open(self, artifact: Artifact) -> nn.Module:
         """A calibration or an export as a float32 model, with activations as they are."""
-        return self._pipeline.load(artifact)
+        return self._pipeline.open(artifact)
 
     def as_served(self, model: nn.Module, artifact: Artifact, source: ModelSource, client: str | None = None) -> nn.Module:
         """The model with inputs of linears and keys and values rounded; the client of a format rounds inputs, if that."""

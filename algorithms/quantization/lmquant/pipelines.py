@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from algorithms.base import Artifact
 from algorithms.blockwise.coded import Method
 from algorithms.blockwise.pipeline import Pipeline
-from algorithms.blockwise.stages import Exporter, facts, load_checkpoint, read_json
+from algorithms.blockwise.stages import Exporter, facts, open_checkpoint, read_json
 from algorithms.blockwise.uniform_exports import Setting, read_export
 from algorithms.blockwise.uniform_method import tunable, uniform_pipeline
 from algorithms.finetuning.learned_rounding import RoundingLinear
@@ -118,7 +118,7 @@ def _read_export(directory: Path) -> nn.Module:
     config = directory / "config.json"
     quantization = read_json(config).get("quantization_config") if config.is_file() else None
     if quantization is not None and quantization["quant_method"] == qserve.QUANT_METHOD:
-        return load_checkpoint(directory, qserve.dense_state)
+        return open_checkpoint(directory, qserve.dense_state)
     return read_export(directory)
 
 

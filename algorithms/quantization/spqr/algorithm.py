@@ -61,9 +61,9 @@ class Spqr(CompressionAlgorithm):
         """Calibration and conversion."""
         return self._pipeline.specs()
 
-    def load(self, artifact: Artifact) -> nn.Module:
+    def open(self, artifact: Artifact) -> nn.Module:
         """A calibration or an export as a float32 model."""
-        return self._pipeline.load(artifact)
+        return self._pipeline.open(artifact)
 
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
         """Stored bits by component, and the number of compressed weights. Says what SpQR's own count makes of them."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from algorithms.blockwise import uniform_exports
 from algorithms.blockwise.pipeline import linear_shapes
-from algorithms.blockwise.stages import Exporter, load_checkpoint, read_json
+from algorithms.blockwise.stages import Exporter, open_checkpoint, read_json
 from algorithms.blockwise.uniform_exports import Setting
 from algorithms.formats import compressed_tensors, gptq
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
@@ -55,9 +55,9 @@ def read_export(directory: Path) -> nn.Module:
     """A folder in any of the formats as a float32 model, read by our own unpacking."""
     settings = read_json(directory / "config.json").get("quantization_config")
     if settings is None:
-        return load_checkpoint(directory, dict)
+        return open_checkpoint(directory, dict)
     if settings["quant_method"] == "bitpress-spqr":
-        return load_checkpoint(directory, spqr.dense_state)
+        return open_checkpoint(directory, spqr.dense_state)
     if settings["quant_method"] == "spqr":
         return _read_tiles(directory)
     return uniform_exports.read_export(directory)
@@ -134,7 +134,7 @@ def _read_tiles(directory: Path) -> nn.Module:
             state[f"{prefix}.weight"] = spqr_tiles.unpack(tensors, prefix, (rows, columns)).dequantize()
         return state
 
-    return load_checkpoint(directory, _dense)
+    return open_checkpoint(directory, _dense)
 
 
 def _write_plain(calibrated: Calibrated, directory: Path, name: str, config: SpqrConfig) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from algorithms.modeling.evaluation import perplexity
+from algorithms.modeling.evaluation.perplexity import perplexity
 from configs.errors import DataError
 from configs.recipe import EvaluationConfig
 from jobs.evaluation import as_records, describe, from_records, load_texts, score

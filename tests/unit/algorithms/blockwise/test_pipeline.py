@@ -9,6 +9,7 @@ from algorithms.blockwise.pipeline import Pipeline, check_groups, linear_shapes
 from algorithms.blockwise.stages import _spread, load_checkpoint
 from algorithms.blockwise.uniform_exports import Setting
 from algorithms.blockwise.uniform_method import uniform_pipeline
+from algorithms.modeling.on_demand import resident
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.uniform import UniformCodes
 from tests.support.models import save_family, token_sequences
@@ -127,7 +128,7 @@ def test_bits_are_a_hand_count_in_every_report(source, tmp_path, needs_text):
 def test_errors_are_those_of_the_outputs(source, tmp_path):
     pipeline = _pipeline(needs_text=False)
     calibrated = calibrate(_Plugin(pipeline), source, tmp_path / "out")
-    original, model = source.load_block(0), pipeline.load(calibrated)
+    original, model = source.load_block(0), resident(pipeline.open(calibrated))
     report = blocks(calibrated, "linears")[0]
     for name in linear_shapes(source):
         wanted = original.get_submodule(name).weight.double()
@@ -139,8 +140,8 @@ def test_errors_are_those_of_the_outputs(source, tmp_path):
 def test_an_export_loads_as_the_calibration_does(source, tmp_path):
     pipeline = _pipeline(exports=("compressed-tensors", "dense"))
     calibrated, converted = run(_Plugin(pipeline), source, tmp_path)
-    expected = pipeline.load(calibrated).state_dict()
-    found = pipeline.load(converted).state_dict()
+    expected = resident(pipeline.open(calibrated)).state_dict()
+    found = resident(pipeline.open(converted)).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     dense = load_checkpoint(converted.directory / "exports" / "dense", dict).state_dict()
     assert all(torch.equal(dense[name], tensor.half().float()) for name, tensor in expected.items())
@@ -150,7 +151,7 @@ def test_statistics_follow_the_compressed_prefix(source, tmp_path):
     """The scales of these codes are the size of their inputs: computed here with the finished model."""
     pipeline = _pipeline(targets="compressed_prefix", true_sequential=True)
     calibrated = calibrate(_Plugin(pipeline), source, tmp_path / "out")
-    model, sizes = pipeline.load(calibrated), {}
+    model, sizes = resident(pipeline.open(calibrated)), {}
 
     def note(name):
         def hook(module, inputs):

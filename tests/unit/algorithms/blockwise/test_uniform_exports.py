@@ -14,6 +14,7 @@ from algorithms.formats import uniform
 from algorithms.formats.checkpoint import OUTSIDE, Calibrated
 from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.companions import copy_companions
+from algorithms.modeling.on_demand import resident
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.uniform import UniformCodes
 from tests.support.models import save_family, token_sequences
@@ -90,7 +91,7 @@ def test_every_format_holds_the_calibrated_weights(tmp_path, setting, tied):
         out = tmp_path / name
         out.mkdir()
         exporters(setting)[name](Calibrated(folder), out)
-        found = read_export(out).state_dict()
+        found = resident(read_export(out)).state_dict()
         for key, tensor in expected.items():
             # Decoded weights are rounded to float16; everything else holds the codes and scales themselves.
             rounded = tensor.half().float() if name == "dense" else tensor
@@ -163,7 +164,7 @@ def test_each_version_of_awq_holds_codes_and_biases(tmp_path, version):
     check_exports(setting, ("awq",), model.source)
     exporters(setting)["awq"](Calibrated(folder), out)
     assert json.loads((out / "config.json").read_text())["quantization_config"]["version"] == version
-    found = read_export(out).state_dict()
+    found = resident(read_export(out)).state_dict()
     assert sum(name.endswith("_proj.bias") for name in expected) == 8
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     written = load_file(out / "model.safetensors")

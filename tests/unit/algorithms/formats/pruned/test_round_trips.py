@@ -9,7 +9,7 @@ from algorithms.formats.pruned.padded import read_padded, write_padded
 from algorithms.formats.pruned.ragged import read_ragged, write_ragged
 from algorithms.formats.pruned.stock import expressible_biases
 from algorithms.modeling.block_store import BlockStore
-from algorithms.modeling.transforms.narrowing import Kept, narrowed_model
+from algorithms.modeling.transforms.narrowing import Kept, narrowed_on_demand
 from tests.support.models import FAMILIES
 from tests.unit.algorithms.formats.pruned.pruned_models import (
     COMPENSATION,
@@ -43,7 +43,9 @@ def test_clients_and_readers_compute_what_is_left(tmp_path, family, kept, has_bi
     model = pruned_model(tmp_path, family, kept=kept, biased=COMPENSATION if has_biases else (), tied=tied)
     expected, source = model.logits(), model.calibrated.source
     blocks = [tensors for _, tensors in model.calibrated.blocks()]
-    assert differs(narrowed_model(source, model.calibrated.outside(), blocks)(TOKENS).logits, expected) < TOLERANCE
+    assert (
+        differs(narrowed_on_demand(source, model.calibrated.outside(), blocks.__getitem__)(TOKENS).logits, expected) < TOLERANCE
+    )
     assert expected.std() > 0.5
     for name in WRITERS:
         if name == "padded" and has_biases and not set(COMPENSATION) <= expressible_biases(source.config):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms.modeling.evaluation import compare, perplexity
+from algorithms.modeling.evaluation.perplexity import compare, perplexity
 
 
 class _Bigram(nn.Module):
