@@ -32,6 +32,7 @@ class Arguments:
     quiet: bool = False
     directory: Path | None = None
     user_folder: Path = Path("user_data")
+    output: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,10 @@ def _ls_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("user_folder", nargs="?", type=Path, default=Path("user_data"))
 
 
+def _schema_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write it there and not to the terminal")
+
+
 DEFAULT = "run"
 COMMANDS: Mapping[str, Command] = {
     DEFAULT: Command(summary="run the recipes in order, and stop at the first that fails (the default)", add_options=_quiet),
@@ -91,6 +96,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "ls": Command(
         summary="list the algorithms, and the jobs below a user folder", add_options=_ls_options, takes_recipes=False
+    ),
+    "schema": Command(
+        summary="write the JSON schema of recipes, for editors", add_options=_schema_options, takes_recipes=False
     ),
 }
 _COMMAND_FIRST = f"the command comes first, before --yaml_path. The commands are {', '.join(COMMANDS)}."

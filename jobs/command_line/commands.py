@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from algorithms.registry import config_class, rows
-from configs.errors import ExitCode, RankFailedError, RecipeError, RecipeProblem
+from configs.errors import DataError, ExitCode, RankFailedError, RecipeError, RecipeProblem
 from configs.loader import LoadedRecipe, load_recipe
 from jobs.command_line.arguments import COMMANDS, Arguments
 from jobs.command_line.listing import JobEntry, list_jobs
@@ -146,7 +146,20 @@ def _list(arguments: Arguments) -> None:
     _say(["algorithms", *algorithms, "", f"jobs below {arguments.user_folder}", *listed])
 
 
-_ALONE: Mapping[str, Callable[[Arguments], None]] = {"ls": _list}
+def _schema(arguments: Arguments) -> None:
+    from jobs.command_line.editor_schema import current_schema
+
+    written = current_schema()
+    if arguments.output is None:
+        _say(written.splitlines())
+        return
+    try:
+        arguments.output.write_text(written, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
+
+
+_ALONE: Mapping[str, Callable[[Arguments], None]] = {"ls": _list, "schema": _schema}
 
 
 def _job_lines(job: JobEntry) -> list[str]:
