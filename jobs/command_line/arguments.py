@@ -97,6 +97,7 @@ COMMANDS: Mapping[str, Command] = {
     "ls": Command(
         summary="list the algorithms, and the jobs below a user folder", add_options=_ls_options, takes_recipes=False
     ),
+    "doctor": Command(summary="say what this machine has, and what it lacks", takes_recipes=False),
     "schema": Command(
         summary="write the JSON schema of recipes, for editors", add_options=_schema_options, takes_recipes=False
     ),

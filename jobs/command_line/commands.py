@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from algorithms.registry import config_class, rows
-from configs.errors import DataError, ExitCode, RankFailedError, RecipeError, RecipeProblem
+from configs.errors import DataError, ExitCode, MissingEnvironmentError, RankFailedError, RecipeError, RecipeProblem
 from configs.loader import LoadedRecipe, load_recipe
 from jobs.command_line.arguments import COMMANDS, Arguments
 from jobs.command_line.listing import JobEntry, list_jobs
@@ -159,7 +161,17 @@ def _schema(arguments: Arguments) -> None:
         raise DataError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
 
 
-_ALONE: Mapping[str, Callable[[Arguments], None]] = {"ls": _list, "schema": _schema}
+def _doctor(arguments: Arguments) -> None:
+    from jobs.command_line.doctor import examine
+
+    found = examine(Path.cwd(), os.environ)
+    _say(found.lines())
+    if found.problems:
+        what = "\n".join(f"  {problem}" for problem in found.problems)
+        raise MissingEnvironmentError(f"This machine lacks:\n{what}\nTo get it: pip install -r requirements.txt")
+
+
+_ALONE: Mapping[str, Callable[[Arguments], None]] = {"ls": _list, "doctor": _doctor, "schema": _schema}
 
 
 def _job_lines(job: JobEntry) -> list[str]:
