@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -88,6 +88,15 @@ def _columns(value: object) -> tuple[str, ...]:
     return found
 
 
+Columns = Annotated[tuple[str, ...], BeforeValidator(_columns, json_schema_input_type=str | list[str])]
+Corpora = Annotated[
+    Mapping[str, Path | Mapping[str, Path]],
+    BeforeValidator(
+        _local_corpora, json_schema_input_type=dict[str, Path | dict[Literal["train", "validation", "test"], Path]] | None
+    ),
+]
+
+
 class EvaluationConfig(StrictModel):
     """What is measured once the stages are done. ``sequence_length`` and ``max_tokens`` count tokens."""
 
@@ -133,15 +142,13 @@ class Recipe(StrictModel):
     )
     dataset_subname: OptionalText = Field(default=None, alias="DATASET_SUBNAME")
     data_path: OptionalPath = Field(default=None, alias="DATA_PATH")
-    text_column: Annotated[tuple[str, ...], BeforeValidator(_columns)] = Field(default=("text",), alias="TEXT_COLUMN")
+    text_column: Columns = Field(default=("text",), alias="TEXT_COLUMN")
     split: Text = Field(default="train", alias="SPLIT")
     format_string: OptionalText = Field(default=None, alias="FORMAT_STRING", validate_default=True)
     cuda_id: Annotated[tuple[int, ...], BeforeValidator(devices)] = Field(default=(), alias="CUDA_ID")
     stages: Annotated[tuple[str, ...] | None, BeforeValidator(Nullable(names))] = Field(default=None, alias="STAGES")
     export: Annotated[tuple[str, ...], BeforeValidator(names)] = Field(default=(), alias="EXPORT")
-    corpora: Annotated[Mapping[str, Path | Mapping[str, Path]], BeforeValidator(_local_corpora)] = Field(
-        default_factory=dict, alias="CORPORA"
-    )
+    corpora: Corpora = Field(default_factory=dict, alias="CORPORA")
     evaluation: EvaluationConfig | None = Field(default=None, alias="EVALUATION")
     num_processes: OptionalCount = Field(default=None, alias="NUM_PROCESSES")
     trust_remote_code: Flag = Field(default=False, alias="TRUST_REMOTE_CODE")

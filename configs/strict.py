@@ -31,10 +31,12 @@ class Inert:
 class Parameters(StrictModel):
     """A block of an algorithm's parameters.
 
-    ``inert`` lists the keys that are accepted without effect, by their Python names.
+    ``inert`` lists the keys that are accepted without effect, by their Python names. ``spellings`` are further keys that the
+    class reads before its own: spelling -> key.
     """
 
     inert: ClassVar[Mapping[str, Inert]] = {}
+    spellings: ClassVar[Mapping[str, str]] = {}
 
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
         """One line for each key that the recipe sets and that has no effect, those of nested blocks included."""

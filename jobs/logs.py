@@ -37,10 +37,12 @@ _QUIET = (
 class Terminal:
     """The user's terminal: log lines and progress on the error stream, results on the output stream.
 
-    On a terminal, progress is a bar with the time left and tables are drawn; otherwise every step is one plain line.
+    On a terminal, progress is a bar with the time left and tables are drawn; otherwise every step is one plain line. With
+    ``quiet``, the error stream has warnings and errors alone.
     """
 
-    def __init__(self, *, messages: Console | None = None, results: Console | None = None) -> None:
+    def __init__(self, *, messages: Console | None = None, results: Console | None = None, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.messages = messages or Console(stderr=True, soft_wrap=True)
         self.results = results or Console(file=sys.stdout, soft_wrap=True)
 
@@ -60,7 +62,7 @@ class Terminal:
     def progress(self, description: str, total: int) -> Iterator[Callable[[str], None]]:
         """A progress display of ``total`` steps; the value it yields is called once a step with a short note."""
         steps = _Steps(description, total)
-        if not self.interactive:
+        if self.quiet or not self.interactive:
             yield steps
             return
         columns = (
@@ -147,14 +149,14 @@ def duration(seconds: float) -> str:
 
 
 def _console_handler(terminal: Terminal) -> logging.Handler:
-    if not terminal.interactive:
-        handler: logging.Handler = logging.StreamHandler(terminal.messages.file)
+    if terminal.interactive:
+        handler: logging.Handler = RichHandler(console=terminal.messages, show_path=False, show_time=False, markup=False)
+        handler.addFilter(lambda record: record.name != _PROGRESS.name)  # the bar shows the same
+    else:
+        handler = logging.StreamHandler(terminal.messages.file)
         handler.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
-        handler.addFilter(_for_the_console)
-        return handler
-    handler = RichHandler(console=terminal.messages, show_path=False, show_time=False, markup=False)
     handler.addFilter(_for_the_console)
-    handler.addFilter(lambda record: record.name != _PROGRESS.name)  # the bar shows the same
+    handler.setLevel(logging.WARNING if terminal.quiet else logging.NOTSET)
     return handler
 
 

@@ -39,6 +39,7 @@ def columns_a_group(value: object) -> int:
 
 
 _GROUP = Whole(-1)
+GroupSize = Annotated[int, BeforeValidator(columns_a_group, json_schema_input_type=int | None)]
 
 
 class BlockwiseParameters(AlgorithmParameters):

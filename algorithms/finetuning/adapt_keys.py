@@ -61,7 +61,9 @@ OptionalNumber = Annotated[int | None, BeforeValidator(Nullable(Whole(0)))]
 OptionalNames = Annotated[tuple[str, ...] | None, BeforeValidator(Nullable(names))]
 Anything = Annotated[object, BeforeValidator(lambda value: value)]
 # Of keys without effect, where null and false are equally harmless.
-IdleFlag = Annotated[bool, BeforeValidator(lambda value: False if value is None else flag(value))]
+IdleFlag = Annotated[
+    bool, BeforeValidator(lambda value: False if value is None else flag(value), json_schema_input_type=bool | None)
+]
 IdlePath = Annotated[object, BeforeValidator(lambda value: value or False)]
 
 

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.document import OVERRIDE
-
-COMMANDS = {
-    "run": "run the recipes in order, and stop at the first that fails (the default)",
-    "plan": "say which stages would run, and why, without running them",
-    "validate": "check the recipes",
-    "evaluate": "measure the recipe's model, or the model in --directory, and nothing else",
-    "ls": "list the algorithms, and the jobs below a user folder",
-}
-_COMMAND_FIRST = f"the command comes first, before --yaml_path. The commands are {', '.join(COMMANDS)}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +20,7 @@ class RecipeFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What the command line asks for. ``directory`` is evaluate's, ``user_folder`` is ls's.
+    """What the command line asks for. Options stand in the field of their name; ``COMMANDS`` says which command has which.
 
     ``program`` is the file that was started, and that further processes of a job are started with.
     """
@@ -37,9 +28,24 @@ class Arguments:
     command: str
     files: tuple[RecipeFile, ...] = ()
     overrides: tuple[str, ...] = ()
+    program: Path = Path("main.py")
+    quiet: bool = False
     directory: Path | None = None
     user_folder: Path = Path("user_data")
-    program: Path = Path("main.py")
+    output: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: what it does, and what adds its own options to its parser.
+
+    With ``takes_recipes`` it is done to each of the recipes on its line. An option's destination is a field of
+    :class:`Arguments`.
+    """
+
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    takes_recipes: bool = True
 
 
 class _AddFiles(argparse.Action):
@@ -63,45 +69,81 @@ class _AddFiles(argparse.Action):
                 namespace.files.append(RecipeFile(path=Path(value), as_json=self.const))
 
 
+def _quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="say only warnings, errors and the result; log.log stays complete")
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    _quiet(parser)
+    parser.add_argument("--directory", type=Path, help="a Hugging Face folder, in place of the recipe's model")
+
+
+def _ls_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("user_folder", nargs="?", type=Path, default=Path("user_data"))
+
+
+def _schema_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write it there and not to the terminal")
+
+
+DEFAULT = "run"
+COMMANDS: Mapping[str, Command] = {
+    DEFAULT: Command(summary="run the recipes in order, and stop at the first that fails (the default)", add_options=_quiet),
+    "plan": Command(summary="say which stages would run, and why, without running them", add_options=_quiet),
+    "validate": Command(summary="check the recipes"),
+    "evaluate": Command(
+        summary="measure the recipe's model, or the model in --directory, and nothing else", add_options=_evaluate_options
+    ),
+    "ls": Command(
+        summary="list the algorithms, and the jobs below a user folder", add_options=_ls_options, takes_recipes=False
+    ),
+    "doctor": Command(summary="say what this machine has, and what it lacks", takes_recipes=False),
+    "schema": Command(
+        summary="write the JSON schema of recipes, for editors", add_options=_schema_options, takes_recipes=False
+    ),
+}
+_COMMAND_FIRST = f"the command comes first, before --yaml_path. The commands are {', '.join(COMMANDS)}."
+
+
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line; a line that makes no sense ends the process with a usage message and exit code 2."""
     named = bool(argv) and argv[0] in COMMANDS
-    command, rest = (argv[0], argv[1:]) if named else ("run", argv)
-    if command == "ls":
-        parser = argparse.ArgumentParser(prog="main.py ls", description=COMMANDS["ls"], allow_abbrev=False)
-        parser.add_argument("user_folder", nargs="?", type=Path, default=Path("user_data"))
-        return Arguments(command=command, user_folder=parser.parse_args(rest).user_folder)
+    name, rest = (argv[0], argv[1:]) if named else (DEFAULT, argv)
+    command = COMMANDS[name]
+    if not command.takes_recipes:
+        parser = argparse.ArgumentParser(prog=f"main.py {name}", description=command.summary, allow_abbrev=False)
+        command.add_options(parser)
+        return Arguments(command=name, **vars(parser.parse_args(rest)))
     parser = _recipe_parser(command)
     if not named and argv and not argv[0].startswith("-") and not OVERRIDE.fullmatch(argv[0]):
         parser.error(f"{argv[0]!r} is no command; {_COMMAND_FIRST}")
-    found = parser.parse_intermixed_args(rest, argparse.Namespace(files=[], overrides=[]))
-    late = [word for word in (*(str(file.path) for file in found.files), *found.more) if word in COMMANDS]
+    found = vars(parser.parse_intermixed_args(rest, argparse.Namespace(files=[], overrides=[])))
+    files, overrides, more = found.pop("files"), found.pop("overrides"), found.pop("more")
+    late = [word for word in (*(str(file.path) for file in files), *more) if word in COMMANDS]
     if late and not Path(late[0]).exists():
         parser.error(f"{late[0]!r} stands too late; {_COMMAND_FIRST}")
-    if not found.files:
+    if not files:
         parser.error("name a recipe: --yaml_path FILE or --json_path FILE")
-    return Arguments(
-        command=command,
-        files=tuple(found.files),
-        overrides=(*found.overrides, *found.more),
-        directory=found.directory if command == "evaluate" else None,
-    )
+    options = {option: value for option, value in found.items() if option not in _RECIPE_OPTIONS}
+    return Arguments(command=name, files=tuple(files), overrides=(*overrides, *more), **options)
 
 
-def _recipe_parser(command: str) -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:<10}{meaning}" for name, meaning in COMMANDS.items())
+_RECIPE_OPTIONS = ("yaml_path", "json_path")  # their values are in ``files`` and ``overrides``
+
+
+def _recipe_parser(command: Command) -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:<10}{known.summary}" for name, known in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="main.py",
         usage="main.py [COMMAND] --yaml_path FILE [FILE ...] [KEY=VALUE ...]",
-        description=COMMANDS[command],
+        description=command.summary,
         epilog=f"commands:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for option, as_json in (("--yaml_path", False), ("--json_path", True)):
         parser.add_argument(option, nargs="+", action=_AddFiles, const=as_json, metavar="FILE", help="recipes, in order")
-    if command == "evaluate":
-        parser.add_argument("--directory", type=Path, help="a Hugging Face folder, in place of the recipe's model")
+    command.add_options(parser)
     parser.add_argument(
         "more", nargs="*", metavar="KEY=VALUE", help="overrides, such as llm.AQLM.calibration_config.nsamples=256"
     )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from algorithms.registry import config_class, rows
-from configs.errors import ExitCode, RankFailedError, RecipeError, RecipeProblem
+from configs.errors import DataError, ExitCode, MissingEnvironmentError, RankFailedError, RecipeError, RecipeProblem
 from configs.loader import LoadedRecipe, load_recipe
-from jobs.command_line.arguments import Arguments
+from jobs.command_line.arguments import COMMANDS, Arguments
 from jobs.command_line.listing import JobEntry, list_jobs
 from jobs.execution.memory import naming_remedies
 from jobs.processes.environment import is_follower, is_on_another_node, ranks_to_start
+
+if TYPE_CHECKING:
+    from jobs.execution.collaborators import Collaborators
 
 
 def perform(arguments: Arguments) -> None:
@@ -29,8 +35,8 @@ def perform(arguments: Arguments) -> None:
     if is_follower():
         _follow(arguments)
         return
-    if arguments.command == "ls":
-        _list(arguments)
+    if not COMMANDS[arguments.command].takes_recipes:
+        _ALONE[arguments.command](arguments)
         return
     action = _ACTIONS[arguments.command]
     for loaded in _load(arguments):
@@ -59,13 +65,21 @@ def _run(loaded: LoadedRecipe, arguments: Arguments) -> None:
         from jobs.processes.launcher import start_ranks
 
         option = "--json_path" if _is_json(loaded, arguments) else "--yaml_path"
-        start_ranks(ranks, [str(arguments.program), option, str(loaded.file), *loaded.overrides])
+        quiet = ["--quiet"] if arguments.quiet else []
+        start_ranks(ranks, [str(arguments.program), *quiet, option, str(loaded.file), *loaded.overrides])
         return
     from jobs.processes.crew import open_crew
     from jobs.runner import run_job
 
     with open_crew() as crew:
-        run_job(loaded, crew=crew)
+        run_job(loaded, parts=_parts(arguments), crew=crew)
+
+
+def _parts(arguments: Arguments) -> Collaborators:
+    from jobs.execution.collaborators import Collaborators
+    from jobs.logs import Terminal
+
+    return Collaborators(terminal=Terminal(quiet=arguments.quiet))
 
 
 def _is_json(loaded: LoadedRecipe, arguments: Arguments) -> bool:
@@ -100,17 +114,17 @@ def _leave(code: ExitCode) -> None:
 
 
 def _plan(loaded: LoadedRecipe, arguments: Arguments) -> None:
-    from jobs.logs import Terminal
     from jobs.runner import plan_job
 
-    plan = plan_job(loaded)
-    Terminal().show(plan.as_table(), plan.as_text())
+    parts = _parts(arguments)
+    plan = plan_job(loaded, parts=parts)
+    parts.terminal.show(plan.as_table(), plan.as_text())
 
 
 def _evaluate(loaded: LoadedRecipe, arguments: Arguments) -> None:
     from jobs.runner import evaluate_only
 
-    evaluate_only(loaded, arguments.directory)
+    evaluate_only(loaded, arguments.directory, parts=_parts(arguments))
 
 
 def _validate(loaded: LoadedRecipe, arguments: Arguments) -> None:
@@ -132,6 +146,32 @@ def _list(arguments: Arguments) -> None:
     algorithms = [f"  {row.name:<16}{row.summary}" for row in rows()]
     listed = [line for job in jobs for line in _job_lines(job)] or ["  none"]
     _say(["algorithms", *algorithms, "", f"jobs below {arguments.user_folder}", *listed])
+
+
+def _schema(arguments: Arguments) -> None:
+    from jobs.command_line.editor_schema import current_schema
+
+    written = current_schema()
+    if arguments.output is None:
+        _say(written.splitlines())
+        return
+    try:
+        arguments.output.write_text(written, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
+
+
+def _doctor(arguments: Arguments) -> None:
+    from jobs.command_line.doctor import examine
+
+    found = examine(Path.cwd(), os.environ)
+    _say(found.lines())
+    if found.problems:
+        what = "\n".join(f"  {problem}" for problem in found.problems)
+        raise MissingEnvironmentError(f"This machine lacks:\n{what}\nTo get it: pip install -r requirements.txt")
+
+
+_ALONE: Mapping[str, Callable[[Arguments], None]] = {"ls": _list, "doctor": _doctor, "schema": _schema}
 
 
 def _job_lines(job: JobEntry) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -67,7 +67,7 @@ class TensorRtLlmConfig(AlgorithmParameters):
     overwrite: Annotated[bool | tuple[str, ...], BeforeValidator(Overwrite(STAGES))] = False
 
     # the programs
-    release: Annotated[str, BeforeValidator(_release)] = "0.9"
+    release: Annotated[str, BeforeValidator(_release, json_schema_input_type=Literal["0.9", "1.0", 0.9, 1.0])] = "0.9"
     examples_dir: Annotated[Path, BeforeValidator(path)] = Path("TensorRT-LLM/examples")
     gpus: int = Field(default=None, validate_default=True)  # null: as many as CUDA_ID names
 

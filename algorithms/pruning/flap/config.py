@@ -63,6 +63,7 @@ class FlapConfig(AdaptKeys, BlockwiseParameters):
         "eval": Inert(False, "name the texts under EVALUATION instead"),
         "save_model": Inert(None, "the result always goes to the job folder"),
     }
+    spellings: ClassVar[Mapping[str, str]] = {"seqlen": "model_seqlen"}
 
     overwrite: Annotated[bool | tuple[str, ...], BeforeValidator(Overwrite(STAGES))] = False
 

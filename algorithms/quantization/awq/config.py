@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from algorithms.blockwise.config import BlockwiseParameters, columns_a_group
+from algorithms.blockwise.config import BlockwiseParameters, GroupSize
 from configs.values import Choice, Flag, NumberOrZero, Only, Real, Whole, expected, flag, nearest_name
 
 BITS = (2, 3, 4, 8)
@@ -41,6 +41,9 @@ def _duo_scaling(value: object) -> bool | str:
     raise expected("true, false or both")
 
 
+Bits = Annotated[int, BeforeValidator(_bits, json_schema_input_type=Literal[2, 3, 4, 8] | str)]
+
+
 class AwqConfig(BlockwiseParameters):
     """The block ``llm.AutoAWQ``. Further keys: :class:`algorithms.blockwise.config.BlockwiseParameters`."""
 
@@ -48,8 +51,8 @@ class AwqConfig(BlockwiseParameters):
     export_formats: ClassVar[tuple[str, ...]] = ("awq", "compressed-tensors", "gptq", "auto-round", "gguf", "dense")
 
     zero_point: Flag = Field(default=True, alias="ZERO_POINT")
-    bits: Annotated[int, BeforeValidator(_bits)] = Field(default=4, alias="W_BIT")
-    group_size: Annotated[int, BeforeValidator(columns_a_group)] = Field(default=128, alias="Q_GROUP_SIZE")
+    bits: Bits = Field(default=4, alias="W_BIT")
+    group_size: GroupSize = Field(default=128, alias="Q_GROUP_SIZE")
     awq_version: Annotated[str, BeforeValidator(_version)] = Field(default="GEMM", alias="VERSION")
 
     sequence_length: Annotated[int, BeforeValidator(Whole(2))] = Field(default=512, alias="model_seqlen")

@@ -77,6 +77,9 @@ def _tasks(value: object) -> tuple[str, ...]:
     return found
 
 
+Tasks = Annotated[tuple[str, ...] | None, BeforeValidator(_tasks, json_schema_input_type=str | list[str] | None)]
+
+
 class Calib(Parameters):
     """``calib``: nsamples and model_seqlen under LMQuant's names, and what other keys of the recipe say."""
 
@@ -102,7 +105,7 @@ class Calib(Parameters):
 class Eval(Parameters):
     """``eval``."""
 
-    tasks: Annotated[tuple[str, ...] | None, BeforeValidator(_tasks)] = None
+    tasks: Tasks = None
     max_seq_length: Annotated[int | None, BeforeValidator(Whole(-(2**31)))] = None
     evaluator: Annotated[str | None, BeforeValidator(Choice(("gptq", "lm_eval")))] = None
     num_gpus: Annotated[int | None, BeforeValidator(Whole(1))] = None

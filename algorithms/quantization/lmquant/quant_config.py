@@ -101,7 +101,8 @@ WEIGHT_SHAPES = _Shapes("[[1, N]] for groups of N columns, [[1, -1]] for rows, [
 TOKEN_SHAPES = _Shapes("[[1, -1]]: inputs have one scale for each token", whole_rows=True)
 CACHE_SHAPES = _Shapes("[[1, N]] for N channels of a head, [[1, -1]] for a token, or [[-1, -1]] for the tensor", rows=(1, -1))
 Shapes = tuple[tuple[int, int], ...]
-HalfScales = Annotated[tuple[str, ...], BeforeValidator(_ScaleDtypes())]
+HalfScales = Annotated[tuple[str, ...], BeforeValidator(_ScaleDtypes(), json_schema_input_type=list[str | None])]
+TwoLevelScales = Annotated[tuple[str, ...], BeforeValidator(_ScaleDtypes(levels=2), json_schema_input_type=list[str | None])]
 Exponent = Annotated[float, BeforeValidator(_exponent)]
 Statistics = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_statistics)]
 OptionalInteger = Annotated[str | None, BeforeValidator(Nullable(Choice(INTEGERS)))]
@@ -215,7 +216,7 @@ class Weights(Linears):
     static: Flag = True
     dtype: OptionalInteger = None
     group_shapes: Annotated[Shapes, BeforeValidator(WEIGHT_SHAPES)] = ROW
-    group_scale_dtypes: Annotated[tuple[str, ...], BeforeValidator(_ScaleDtypes(levels=2))] = HALF
+    group_scale_dtypes: TwoLevelScales = HALF
     compute_dtype: Annotated[str | None, BeforeValidator(Nullable(Choice(("sint8",))))] = None
     compute_group_level: Annotated[int, BeforeValidator(Whole(-1, 0))] = -1
     saturate_compute_dtype: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from algorithms.blockwise.config import BlockwiseParameters, columns_a_group
+from algorithms.blockwise.config import BlockwiseParameters, GroupSize
 from configs.values import Flag, Whole
 
 _GRID = ("bits", "group_size", "symmetric", "range_search")
@@ -24,7 +24,7 @@ class RtnConfig(BlockwiseParameters):
     export_formats: ClassVar[tuple[str, ...]] = ("compressed-tensors", "gptq", "auto-round", "awq", "gguf", "dense")
 
     bits: Annotated[int, BeforeValidator(Whole(2, 8))] = Field(default=4, alias="wbits")
-    group_size: Annotated[int, BeforeValidator(columns_a_group)] = Field(default=128, alias="groupsize")
+    group_size: GroupSize = Field(default=128, alias="groupsize")
     symmetric: Flag = Field(default=True, alias="sym")
     range_search: Flag = Field(default=True, alias="mse")
 

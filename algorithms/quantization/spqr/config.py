@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from algorithms.blockwise.config import BlockwiseParameters, columns_a_group
+from algorithms.blockwise.config import BlockwiseParameters, GroupSize
 from configs.strict import Inert
 from configs.values import (
     Choice,
@@ -55,6 +55,10 @@ def _round_zero(value: object) -> bool:
     raise expected("true or false")
 
 
+Threshold = Annotated[float | None, BeforeValidator(_threshold, json_schema_input_type=float | str | None)]
+ZeroOrOne = Annotated[bool, BeforeValidator(_round_zero, json_schema_input_type=bool | Literal[0, 1] | None)]
+
+
 class SpqrConfig(BlockwiseParameters):
     """The block ``llm.SpQR``. Further keys: :class:`algorithms.blockwise.config.BlockwiseParameters`."""
 
@@ -62,10 +66,10 @@ class SpqrConfig(BlockwiseParameters):
     export_formats: ClassVar[tuple[str, ...]] = ("dense", "spqr", "spqr-tiles", "compressed-tensors", "gptq")
 
     bits: Annotated[int, BeforeValidator(_bits)] = Field(default=4, alias="wbits")
-    group_size: Annotated[int, BeforeValidator(columns_a_group)] = Field(default=16, alias="groupsize")
+    group_size: GroupSize = Field(default=16, alias="groupsize")
     symmetric: Flag = Field(default=False, alias="sym")
     per_channel: Flag = Field(default=True, alias="perchannel")
-    round_zero: Annotated[bool, BeforeValidator(_round_zero)] = False
+    round_zero: ZeroOrOne = False
     scale_bits: Annotated[int | None, BeforeValidator(STATISTIC_BITS)] = Field(
         default=3, alias="qq_scale_bits", validate_default=True
     )
@@ -77,7 +81,7 @@ class SpqrConfig(BlockwiseParameters):
 
     # outliers: by a threshold, under a limit, or as many as a number of bits pays for
     simplified_outliers: Flag = False
-    outlier_threshold: Annotated[float | None, BeforeValidator(_threshold)] = Field(default=0.35, validate_default=True)
+    outlier_threshold: Threshold = Field(default=0.35, validate_default=True)
     max_outlier_share: Annotated[float | None, BeforeValidator(Nullable(Real(least=0.0, below=1.0)))] = None
     target_bits: Annotated[float | None, BeforeValidator(Nullable(Real(above=0.0, below=16.0)))] = None
 

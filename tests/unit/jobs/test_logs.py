@@ -11,8 +11,9 @@ from algorithms.base import Process
 from jobs.logs import Terminal, duration, log_failure, logging_to
 
 
-def terminal(interactive=False):
+def terminal(interactive=False, quiet=False):
     return Terminal(
+        quiet=quiet,
         messages=Console(file=io.StringIO(), force_terminal=interactive, width=200),
         results=Console(file=io.StringIO(), force_terminal=interactive, width=200),
     )
@@ -86,3 +87,18 @@ def test_results_are_drawn_on_a_terminal_and_plain_elsewhere():
 @pytest.mark.parametrize(("seconds", "said"), [(4.23, "4.2 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (0, "0.0 s")])
 def test_durations(seconds, said):
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_a_quiet_terminal_has_warnings_and_results_and_the_file_has_all(tmp_path, interactive):
+    watched = terminal(interactive, quiet=True)
+    with logging_to(tmp_path, Process(), watched) as path, watched.progress("calibration", 2) as step:
+        step("first")
+        logging.getLogger("x").info("hello")
+        logging.getLogger("x").warning("look out")
+    watched.show("the result", "the result")
+    console = watched.messages.file.getvalue()
+    assert len(console.strip().splitlines()) == 1
+    assert "look out" in console
+    assert all(words in path.read_text() for words in ("calibration 1/2: first", "hello", "look out"))
+    assert "the result" in watched.results.file.getvalue()

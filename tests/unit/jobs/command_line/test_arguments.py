@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command_line.arguments import parse_arguments
+from jobs.command_line.arguments import COMMANDS, parse_arguments
+from jobs.command_line.commands import _ACTIONS, _ALONE
 
 
 def files(*argv: str) -> list[tuple[str, bool]]:
@@ -65,7 +66,7 @@ def test_a_command_in_the_wrong_place_is_told_where_it_belongs(argv, said, capsy
     assert caught.value.code == 2
     message = " ".join(capsys.readouterr().err.split())
     assert said in message
-    assert "the command comes first, before --yaml_path. The commands are run, plan, validate, evaluate, ls." in message
+    assert "the command comes first, before --yaml_path. The commands are run, plan, validate, evaluate, ls" in message
 
 
 def test_a_recipe_that_is_called_like_a_command_is_a_recipe(tmp_path, monkeypatch):
@@ -76,3 +77,18 @@ def test_a_recipe_that_is_called_like_a_command_is_a_recipe(tmp_path, monkeypatc
 
 def test_an_override_without_its_equals_sign_reaches_the_loader():
     assert parse_arguments(["--yaml_path", "a", "--json_path", "b", "--", "nonsense"]).overrides == ("nonsense",)
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "evaluate"])
+def test_quiet_may_stand_anywhere_and_only_where_something_is_said(command, capsys):
+    assert parse_arguments([command, "--quiet", "--yaml_path", "a", "K=1"]).quiet
+    assert parse_arguments([command, "--yaml_path", "a", "K=1", "--quiet"]).overrides == ("K=1",)
+    assert not parse_arguments([command, "--yaml_path", "a"]).quiet
+    with pytest.raises(SystemExit):
+        parse_arguments(["validate", "--quiet", "--yaml_path", "a"])
+    assert "--quiet" in capsys.readouterr().err
+
+
+def test_every_command_has_something_to_do():
+    assert {name for name, command in COMMANDS.items() if command.takes_recipes} == set(_ACTIONS)
+    assert {name for name, command in COMMANDS.items() if not command.takes_recipes} == set(_ALONE)
