@@ -18,6 +18,8 @@ EXPORTS = "exports"  # the folder of a job's further formats
 
 TOKEN_FILES = (".pt", ".pth")  # a data set name that ends like this is a file of token tensors
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+TASK_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+MOST_EXAMPLES = 1000  # before a question: no model reads more
 EXPLICIT_PATH = ("/", "./", "../", "~")
 
 
@@ -49,6 +51,25 @@ def service_name(value: object) -> str:
     if not isinstance(value, str) or value.casefold() not in map(str.casefold, SERVICES):
         raise expected(" or ".join(SERVICES), nearest_name(value, SERVICES) if isinstance(value, str) else None)
     return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRequest:
+    """A task as lm-eval names it, and how many examples stand before each question; None leaves that to the task."""
+
+    name: str
+    num_fewshot: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.num_fewshot is None else f"{self.name}:{self.num_fewshot}"
+
+
+def task_request(value: str) -> TaskRequest:
+    """Reads ``name`` or ``name:number``."""
+    name, colon, shots = value.strip().partition(":")
+    if not TASK_PATTERN.fullmatch(name) or (colon and not shots.strip().isdecimal()):
+        raise expected("tasks such as gsm8k:5: a name of lm-eval, and behind a colon how many examples stand before a question")
+    return TaskRequest(name=name, num_fewshot=Whole(0, MOST_EXAMPLES)(shots.strip()) if colon else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from configs.names import (
     JobReference,
+    TaskRequest,
     check_format_string,
     custom_model,
     dataset_reference,
@@ -18,14 +19,18 @@ from configs.names import (
     job_reference,
     model_name,
     service_name,
+    task_request,
     token,
 )
 from configs.strict import StrictModel
 from configs.values import (
+    FLOAT_DTYPE,
     Choice,
+    Count,
     Flag,
     Nullable,
     OptionalCount,
+    OptionalFlag,
     OptionalPath,
     OptionalText,
     Text,
@@ -37,7 +42,7 @@ from configs.values import (
     path,
 )
 
-EVALUATION_CORPORA = ("wikitext2", "ptb", "ptb_new", "c4", "c4_new")
+EVALUATION_CORPORA = ("wikitext2", "ptb", "ptb_new", "c4", "c4_new", "pajama")
 DEFAULT_MODEL = "huggyllama/llama-7b"
 SPLITS = Choice(("train", "validation", "test"))
 
@@ -97,14 +102,43 @@ Corpora = Annotated[
 ]
 
 
+def _tasks(value: object) -> tuple[str, ...]:
+    """Reads a list of tasks, "gsm8k:5,gptq_wikitext" or a YAML list."""
+    return tuple(str(task_request(name)) for name in names(value))
+
+
+Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks, json_schema_input_type=str | list[str] | None)]
+
+
 class EvaluationConfig(StrictModel):
-    """What is measured once the stages are done. ``sequence_length`` and ``max_tokens`` count tokens."""
+    """What is measured once the stages are done. ``sequence_length`` and ``max_tokens`` count tokens.
+
+    ``tasks`` are lm-eval's, and gptq_wikitext; those of one's own are YAML files in ``task_folder``. ``limit`` takes so many
+    samples of each. Without ``add_bos_token``, texts begin with BOS where the tokenizer does so of itself. Models compute in
+    ``dtype``.
+    """
 
     corpora: Annotated[tuple[str, ...], BeforeValidator(names)] = Field(default=(), alias="perplexity")
     sequence_length: Annotated[int, BeforeValidator(Whole(2))] = 2048
     max_tokens: OptionalCount = None
     kl_divergence: Flag = True
-    tasks: Annotated[tuple[str, ...], BeforeValidator(names)] = ()
+    tasks: Tasks = ()
+    task_folder: OptionalPath = None
+    limit: OptionalCount = None
+    batch_size: Count = 16
+    add_bos_token: OptionalFlag = None
+    dtype: Annotated[str, BeforeValidator(FLOAT_DTYPE)] = "float32"
+    apply_chat_template: Flag = False
+
+    @property
+    def requests(self) -> tuple[TaskRequest, ...]:
+        """The tasks, read."""
+        return tuple(task_request(name) for name in self.tasks)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be measured."""
+        return not self.corpora and not self.tasks
 
     @field_validator("corpora")
     @classmethod
@@ -112,13 +146,6 @@ class EvaluationConfig(StrictModel):
         local = _from_context(info, "corpora")
         known = None if local is None else (*EVALUATION_CORPORA, *(name for name in local if name not in EVALUATION_CORPORA))
         return _known(value, known, "texts to evaluate on, local ones named under CORPORA")
-
-    @field_validator("tasks")
-    @classmethod
-    def _tasks_come_later(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if value:
-            raise expected("[]: this version measures perplexity and KL divergence; tasks such as gsm8k:5 come later")
-        return value
 
 
 class Recipe(StrictModel):

@@ -245,6 +245,7 @@ ATTENTION = Nullable(Choice(("eager", "sdpa", "flash_attention_2", "flash_attent
 SEED = Whole(0, 2**63 - 1)
 
 Flag = Annotated[bool, BeforeValidator(flag)]
+OptionalFlag = Annotated[bool | None, BeforeValidator(Nullable(flag))]
 Text = Annotated[str, BeforeValidator(text)]
 OptionalText = Annotated[str | None, BeforeValidator(Nullable(text, unset=True))]
 OptionalPath = Annotated[Path | None, BeforeValidator(Nullable(path, unset=True))]

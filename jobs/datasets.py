@@ -23,7 +23,7 @@ from jobs.texts.token_lists import check_vocabulary, first_sequences, read_token
 from jobs.texts.windows import Corpus, Selection, choose, joined, split_validation
 from jobs.workspace import Workspace, open_workspace
 
-__all__ = ["UNSCORED", "TokenSets", "corpus_tokens", "load_tokens", "tokens_key"]
+__all__ = ["UNSCORED", "TokenSets", "chunked_wikitext", "corpus_tokens", "load_tokens", "tokens_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def corpus_tokens(name: str, recipe: Recipe, source: ModelSource, workspace: Wor
     one. A text that is known only to CORPORA: its rows joined by blank lines, a ``.txt`` file as it stands.
 
     Raises:
-        DataError: No such corpus or split, or (pajama) one that is not for scoring.
+        DataError: No such corpus or split.
     """
     location = locate_corpus(recipe, name)
     card = location.card
@@ -100,11 +100,25 @@ def corpus_tokens(name: str, recipe: Recipe, source: ModelSource, workspace: Wor
     encode = Encoder(source)
     texts = open_documents(location, recipe, workspace.cache_dir, split=_split(location, split))
     length = (recipe.evaluation or EvaluationConfig()).sequence_length
-    if card is not None and card.name == "c4":
+    if card is not None and card.joiner is None and card.name != "c4_new":
         return c4_evaluation(texts, encode, length, location.origin)
     if card is not None and card.name == "c4_new":
         return encode([join_rows(texts, " ", C4_NEW_DOCUMENTS)])[0][: EVALUATION_WINDOWS * length]
     return encode([join_rows(texts, card.joiner if card and card.joiner else BLANK_LINE)])[0]
+
+
+def chunked_wikitext(recipe: Recipe, source: ModelSource, workspace: Workspace) -> Tensor:
+    """The test part of wikitext2 as ``gptq_wikitext`` joins it (spec 10.4), tokens [n] int64.
+
+    Its rows follow one another with nothing between them, an empty row as a space and a line end.
+
+    Raises:
+        DataError: The text is not there.
+    """
+    location = locate_corpus(recipe, "wikitext2")
+    texts = open_documents(location, recipe, workspace.cache_dir, split=_split(location, "test"))
+    rows = texts.fetch(range(len(texts)))
+    return Encoder(source)(["".join(row or " \n" for row in rows)])[0]
 
 
 def _key(location: TextLocation, recipe: Recipe, request: TokenRequest, source: ModelSource) -> str:
@@ -156,11 +170,9 @@ def _chosen(selection: Selection) -> dict[str, object]:
 def _split(location: TextLocation, split: str) -> str:
     """The split that ``"test"`` or ``UNSCORED`` means for this text; another name is taken as it stands."""
     card = location.card
-    if card is not None and card.evaluation_split is None:
-        raise DataError(f"EVALUATION: {card.name} has no text for scoring. Use wikitext2, ptb or c4, or a text under CORPORA.")
     if split not in ("test", UNSCORED):
         return split
-    usual = card.evaluation_split if card is not None and card.evaluation_split is not None else "test"
+    usual = "test" if card is None else card.evaluation_split
     local = [part for part in (usual, "test", "validation") if part in location.files]
     scored = local[0] if local else usual
     if split == "test":

@@ -1,76 +1,116 @@
-"""Perplexity, KL divergence and top-1 agreement of a compressed model, beside the uncompressed one on the same windows.
+"""What EVALUATION asks for, measured on a compressed model beside the uncompressed one.
 
-The sequence length is part of every figure: the same model has another perplexity at another length.
+Perplexity, KL divergence and top-1 agreement are taken from both models on the same windows in one pass, block by block where
+the models allow it; tasks from one model after the other. Whatever is finished is remembered at once, so that an evaluation
+that was stopped goes on with the next text or task.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from algorithms.base import Progress
+from algorithms.modeling.files import atomic_write_json, atomic_write_text
+from algorithms.modeling.lockstep import free_bytes
+from algorithms.modeling.on_demand import held, shelf_of
 from configs.errors import DataError
+from configs.names import TaskRequest
 from configs.recipe import EvaluationConfig
 from jobs.execution.collaborators import Collaborators
 from jobs.results.artifacts import canonical_digest
+from jobs.scoring.figures import (
+    CorpusFigures,
+    Figures,
+    TaskFigures,
+    TaskResult,
+    corpus_from,
+    describe,
+    describe_task,
+    side_by_side,
+    task_result_from,
+)
 
 logger = logging.getLogger(__name__)
 
+CHUNKED = "gptq_wikitext"  # the one task that is not lm-eval's
+BASE = "base"
+_HELD_SHARE = 0.8  # of the free memory, which a model that answers tasks may take
+
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusFigures:
-    """Figures on one text: ``windows`` of ``sequence_length`` tokens, ``tokens`` of them predicted.
+class Questions:
+    """What a model is scored on: texts by name, [n] int64 token ids cut to what the recipe allows, and tasks.
 
-    ``perplexity`` is the compressed model's, None where only the uncompressed one was scored. ``kl_divergence`` is the mean
-    over predicted tokens of KL(uncompressed, compressed) in nats, ``top1_agreement`` the share of them with the same first
-    choice; both None where they were not asked for.
+    ``chunked`` is the text of gptq_wikitext, where it is among the tasks.
     """
-
-    corpus: str
-    sequence_length: int
-    windows: int
-    tokens: int
-    base_perplexity: float
-    perplexity: float | None = None
-    kl_divergence: float | None = None
-    top1_agreement: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Texts:
-    """The texts to score on: name -> [n] int64 token ids, cut to what the recipe allows."""
 
     settings: EvaluationConfig
     tokens: Mapping[str, Tensor]
+    chunked: Tensor | None = None
 
     def key(self, model_key: str | None) -> str:
         """Names a result: the model, the settings and every token. None as model: the uncompressed one alone."""
-        digests = {name: hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for name, tokens in self.tokens.items()}
-        return canonical_digest([model_key, self.settings.model_dump(mode="json"), digests])
+        return canonical_digest(
+            [model_key, self.settings.model_dump(mode="json"), {n: _digest(t) for n, t in self.tokens.items()}]
+        )
 
 
-def load_texts(settings: EvaluationConfig, corpus_tokens: Callable[[str], Tensor], positions: int | None = None) -> Texts:
-    """Read and check the texts of EVALUATION, before any work is done.
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Results of single texts and tasks, by key: what is in ``known`` is not measured again.
+
+    ``keep`` is told the rest: its key, the key of the model that it speaks of, and the result.
+    """
+
+    known: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    keep: Callable[[str, str, Mapping[str, object]], None] = lambda key, subject, record: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that is scored: ``key`` names its content, ``label`` its folder among the results. It is opened when needed."""
+
+    key: str
+    label: str
+    open: Callable[[], nn.Module]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, opened once."""
+        return self.open()
+
+
+def load_questions(
+    settings: EvaluationConfig, parts: Collaborators, sources: Sources, positions: int | None = None
+) -> Questions:
+    """Read and check the texts and tasks of EVALUATION, before any work is done.
 
     Args:
         settings: the recipe's block.
-        corpus_tokens: name -> [n] int64 token ids.
+        parts: finds the tasks.
+        sources: where texts come from.
         positions: the longest sequence that the model was made for, where it says so.
 
     Raises:
-        DataError: a text is too short for one window.
+        DataError: a text is too short for one window, or a task cannot be found.
+        MissingEnvironmentError: tasks without lm-eval.
     """
     length = settings.sequence_length
-    if positions is not None and length > positions:
+    if settings.corpora and positions is not None and length > positions:
         logger.warning("EVALUATION.sequence_length %d is longer than the %d tokens the model was made for.", length, positions)
     tokens = {}
     for name in settings.corpora:
-        found = corpus_tokens(name)
+        found = sources.corpus(name)
         tokens[name] = found[: settings.max_tokens]
         if tokens[name].numel() < length:
             raise DataError(
@@ -78,43 +118,137 @@ def load_texts(settings: EvaluationConfig, corpus_tokens: Callable[[str], Tensor
                 + (f" of which max_tokens keeps {tokens[name].numel()}" if tokens[name].numel() < found.numel() else "")
                 + f"; one window of sequence_length {length} needs {length}. Lower EVALUATION.sequence_length."
             )
-    return Texts(settings=settings, tokens=tokens)
+    requests = settings.requests
+    parts.harness(settings, sources.cache_dir).check([request for request in requests if request.name != CHUNKED])
+    chunked = sources.chunked() if any(request.name == CHUNKED for request in requests) else None
+    return Questions(settings=settings, tokens=tokens, chunked=chunked)
 
 
-def score(
-    texts: Texts, base: nn.Module, model: nn.Module | None, *, parts: Collaborators, progress: Progress
-) -> tuple[CorpusFigures, ...]:
-    """Score ``model`` and ``base`` on every text, both in one pass; with ``model`` None, ``base`` alone."""
-    figures = []
-    with progress("evaluation", len(texts.tokens)) as step:
-        for name, tokens in texts.tokens.items():
-            found = _score_one(name, tokens, texts.settings, base, model, parts)
-            figures.append(found)
-            step(describe(found))
-    return tuple(figures)
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where texts come from: ``corpus`` gives the tokens of one by its name, ``chunked`` those of gptq_wikitext."""
+
+    corpus: Callable[[str], Tensor]
+    chunked: Callable[[], Tensor]
+    cache_dir: Path
 
 
-def describe(figures: CorpusFigures) -> str:
-    """One line: what, on how much text, at which sequence length."""
-    text = f"{figures.corpus} perplexity {figures.base_perplexity:.4g}"
-    if figures.perplexity is not None:
-        text += f" -> {figures.perplexity:.4g}"
-    if figures.kl_divergence is not None:
-        text += f", KL {figures.kl_divergence:.4g} nats, same first choice {figures.top1_agreement:.1%}"
-    return f"{text} (sequence length {figures.sequence_length}, {figures.windows} windows, {figures.tokens} tokens)"
+@dataclass(frozen=True, kw_only=True)
+class Examiner:
+    """Scores models. ``tokenizer`` is opened for tasks alone; task results are also written as files below ``folder``."""
+
+    questions: Questions
+    parts: Collaborators
+    progress: Progress
+    folder: Path
+    cache_dir: Path
+    tokenizer: Callable[[], object]
+    memory: Memory = field(default_factory=Memory)
+    note: Callable[[Mapping[str, object]], None] = lambda record: None
+
+    def score(self, base: Subject | None, model: Subject | None) -> Figures:
+        """Both models on every text and task; either may be left out, and on texts a model alone counts as the base.
+
+        Every result is given to ``note`` as a record, and in a line to the log.
+        """
+        first = base or model
+        assert first is not None, "there is something to score"
+        second = None if base is None else model
+        corpora, tasks = [], []
+        with self.progress("evaluation", len(self.questions.tokens) + len(self.questions.settings.requests)) as step:
+            for name, tokens in self.questions.tokens.items():
+                corpora.append(self._corpus(name, tokens, first, second))
+                self.note(asdict(corpora[-1]))
+                step(describe(corpora[-1]))
+            for request in self.questions.settings.requests:
+                found = self._task(request, base, model)
+                for figures in found:
+                    self.note(asdict(figures))
+                tasks += found
+                step("; ".join(map(describe_task, found)))
+        return Figures(corpora=tuple(corpora), tasks=tuple(tasks))
+
+    def _corpus(self, name: str, tokens: Tensor, base: Subject, model: Subject | None) -> CorpusFigures:
+        settings = self.questions.settings
+        shaping = [base.key, model and model.key, settings.sequence_length, settings.kl_divergence, _digest(tokens)]
+        key = canonical_digest(["corpus", name, *shaping])
+        if key in self.memory.known:
+            return corpus_from(self.memory.known[key])
+        found = _score_text(name, tokens, settings, base.model, None if model is None else model.model, self.parts)
+        self.memory.keep(key, (model or base).key, asdict(found))
+        return found
+
+    def _task(self, request: TaskRequest, base: Subject | None, model: Subject | None) -> tuple[TaskFigures, ...]:
+        before = {} if base is None else self._results(request, base)
+        after = {} if model is None else self._results(request, model)
+        return tuple(
+            figures for name in dict.fromkeys([*after, *before]) for figures in side_by_side(before.get(name), after.get(name))
+        )
+
+    def _results(self, request: TaskRequest, subject: Subject) -> dict[str, TaskResult]:
+        """Name -> result of every task that the request stands for."""
+        settings, chunked = self.questions.settings, self.questions.chunked
+        shaping = _digest(chunked) if request.name == CHUNKED else _shaping(settings)
+        key = canonical_digest(["task", str(request), subject.key, shaping])
+        folder = self.folder / subject.label / request.name
+        if key in self.memory.known and any(folder.glob("results*.json")):
+            found = [task_result_from(record) for record in self.memory.known[key]["results"]]
+            return {result.task: result for result in found}
+        if request.name == CHUNKED:
+            found = [self._chunked(subject, folder)]
+        else:
+            with _ready_to_answer(subject.model):
+                harness = self.parts.harness(settings, self.cache_dir)
+                found = list(harness.run(request, subject.model, self.tokenizer(), folder))
+        self.memory.keep(key, subject.key, {"results": [asdict(result) for result in found]})
+        return {result.task: result for result in found}
+
+    def _chunked(self, subject: Subject, folder: Path) -> TaskResult:
+        """gptq_wikitext; results.txt has the value that nyuntam prints, which is a mean of running perplexities."""
+        assert self.questions.chunked is not None
+        bos = getattr(self.tokenizer(), "bos_token_id", None)
+        found = self.parts.chunked_perplexity(subject.model, self.questions.chunked, bos)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(
+            folder / "results.json",
+            {
+                "ppl": found.value,
+                "ppl_nyuntam_mean_of_running": found.mean_of_running,
+                "n_chunks": found.chunks,
+                "scored_tokens": found.scored_tokens,
+                "context": found.context,
+                "bos_token_id": bos,
+                "ppl_interval_95": found.interval,
+            },
+        )
+        atomic_write_text(folder / "results.txt", f"Perplexity: {found.mean_of_running}\n")
+        return TaskResult(
+            task=CHUNKED,
+            num_fewshot=None,
+            samples=found.chunks,
+            metrics={"ppl": (found.value, None), "ppl_nyuntam_mean_of_running": (found.mean_of_running, None)},
+            bos_added=bos is not None,
+        )
 
 
-def as_records(figures: tuple[CorpusFigures, ...]) -> list[dict[str, object]]:
-    """The figures as the manifest and metrics.jsonl keep them."""
-    return [asdict(found) for found in figures]
+@contextmanager
+def _ready_to_answer(model: nn.Module) -> Iterator[None]:
+    """Within, all of a model is in memory, if there is room: answering takes thousands of forwards."""
+    shelf = shelf_of(model)
+    needed = 0 if shelf is None else 4 * sum(parameter.numel() for parameter in shelf.blocks.parameters())
+    device = torch.device("cpu") if shelf is None else shelf.device
+    if shelf is not None and needed > _HELD_SHARE * free_bytes(device):
+        logger.warning(
+            "The model's blocks need %.1f GB and do not fit the memory of %s: each forward reads them again, which is slow. "
+            "EVALUATION.limit takes fewer samples.", needed / 1e9, device,
+        )  # fmt: skip
+        yield
+        return
+    with held(model):
+        yield
 
 
-def from_records(records: list[Mapping[str, Any]]) -> tuple[CorpusFigures, ...]:
-    """The figures that :func:`as_records` wrote."""
-    return tuple(CorpusFigures(**record) for record in records)
-
-
-def _score_one(
+def _score_text(
     name: str, tokens: Tensor, settings: EvaluationConfig, base: nn.Module, model: nn.Module | None, parts: Collaborators
 ) -> CorpusFigures:
     length = settings.sequence_length
@@ -129,14 +263,30 @@ def _score_one(
             perplexity=both.perplexity.value,
             kl_divergence=both.kl_divergence,
             top1_agreement=both.top1_agreement,
+            base_perplexity_interval=both.base_perplexity.interval,
+            perplexity_interval=both.perplexity.interval,
+            kl_interval=both.kl_interval,
+            top1_interval=both.top1_interval,
+            ratio_interval=both.ratio_interval,
         )
     before = parts.perplexity(base, tokens, length)
-    after = None if model is None else parts.perplexity(model, tokens, length).value
+    after = None if model is None else parts.perplexity(model, tokens, length)
     return CorpusFigures(
         corpus=name,
         sequence_length=length,
         windows=before.windows,
         tokens=before.scored_tokens,
         base_perplexity=before.value,
-        perplexity=after,
+        base_perplexity_interval=before.interval,
+        perplexity=None if after is None else after.value,
+        perplexity_interval=None if after is None else after.interval,
     )
+
+
+def _shaping(settings: EvaluationConfig) -> list[object]:
+    """What a task's result depends on, beside the model and the task."""
+    return [importlib.metadata.version("lm-eval"), settings.limit, settings.add_bos_token, settings.apply_chat_template]
+
+
+def _digest(tokens: Tensor | None) -> str:
+    return "" if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -16,9 +16,9 @@ from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from configs.errors import CertificateError, DataError, RankLostError
 from configs.loader import LoadedRecipe
 from jobs.earlier_jobs import lineage
-from jobs.evaluation import CorpusFigures, Texts, describe, load_texts
+from jobs.evaluation import Questions, Sources, Subject, load_questions
 from jobs.execution.collaborators import Collaborators
-from jobs.execution.conclusion import Outcome, conclude, measure
+from jobs.execution.conclusion import Outcome, conclude, measure, placed
 from jobs.execution.interruption import JobInterrupted, interruptible
 from jobs.execution.preparation import Materials, describe_data, gather, recipe_digest, versions
 from jobs.execution.stage import Job, run_stage
@@ -31,7 +31,8 @@ from jobs.processes.environment import note_on_processes
 from jobs.reporting.plan_text import JobPlan, describe_job
 from jobs.reporting.summary import Summary, as_tables, as_text
 from jobs.results.publishing import check_target
-from jobs.results.stored_model import load_stored
+from jobs.results.stored_model import StoredModel, load_stored
+from jobs.scoring.figures import Figures, describe, describe_task
 from jobs.workspace import Workspace, open_workspace
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class JobResult:
     job_dir: Path
     plan: Plan | None = None
     summary: Summary | None = None
-    figures: tuple[CorpusFigures, ...] = ()
+    figures: Figures = field(default_factory=Figures)
 
 
 def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: Crew | None = None) -> JobResult:
@@ -69,14 +70,14 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: C
     if loaded.parameters.evaluate_only:
         return evaluate_only(loaded, parts=parts)
     with _opened(loaded, parts, crew) as (materials, job), _Run(job, loaded, materials.run):
-        texts = _texts(job)
+        questions = _questions(job)
         plan = materials.verified_plan(job.manifest.current)
         materials.preflight(plan)
         _announce(plan)
-        outcome = _execute(materials, job, plan, texts)
+        outcome = _execute(materials, job, plan, questions)
         summary = conclude(outcome)
         parts.terminal.show(as_tables(summary), as_text(summary))
-        return JobResult(job_dir=job.workspace.job_dir, plan=plan, summary=summary, figures=tuple(summary.figures))
+        return JobResult(job_dir=job.workspace.job_dir, plan=plan, summary=summary, figures=summary.figures)
 
 
 def plan_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None) -> JobPlan:
@@ -100,23 +101,28 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
     """
     parts = parts or Collaborators()
     with _opened(loaded, parts, Crew()) as (materials, job):
-        texts = _texts(job)
-        if texts is None:
+        questions = _questions(job)
+        if questions is None:
             raise DataError("EVALUATION names no texts; to evaluate, write for example EVALUATION: {perplexity: [wikitext2]}.")
         stored = None if directory is None else load_stored(directory, materials)
-        measured = measure(job, texts, None if stored is None else stored.model.to(job.device))
+        subject = None if stored is None else _subject(stored, job)
+        measured = measure(job, questions, subject)
         record = {
             "model": str(directory or job.source.name),
-            "key": texts.key(None if stored is None else stored.digest),
+            "key": questions.key(None if stored is None else stored.digest),
             "versions": versions(job.crew.size),
         }
         atomic_write_json(job.workspace.job_dir / EVALUATION_FILE, {**record, **measured.record()})
-        shown = "\n".join(describe(figures) for figures in measured.figures)
+        shown = "\n".join([*map(describe, measured.figures.corpora), *map(describe_task, measured.figures.tasks)])
         parts.terminal.show(shown, shown)
         return JobResult(job_dir=job.workspace.job_dir, figures=measured.figures)
 
 
-def _execute(materials: Materials, job: Job, plan: Plan, texts: Texts | None) -> Outcome:
+def _subject(stored: StoredModel, job: Job) -> Subject:
+    return Subject(key=stored.digest, label=job.algorithm.product, open=lambda: placed(stored.model, job))
+
+
+def _execute(materials: Materials, job: Job, plan: Plan, questions: Questions | None) -> Outcome:
     """The loop over the stages."""
     source = job.source
     artifact, given = Artifact(kind="model", directory=source.directory, digest=source.digest), None
@@ -135,7 +141,7 @@ def _execute(materials: Materials, job: Job, plan: Plan, texts: Texts | None) ->
         plan=plan,
         artifact=artifact,
         given=given,
-        texts=texts,
+        questions=questions,
         keep_intermediate=materials.loaded.parameters.save_intermediate_results,
     )
 
@@ -218,13 +224,19 @@ def _paths(workspace: Workspace, model: Path) -> dict[str, str]:
     }
 
 
-def _texts(job: Job) -> Texts | None:
-    """The texts of EVALUATION, read before the work starts: a missing one should not show after hours."""
+def _questions(job: Job) -> Questions | None:
+    """What EVALUATION asks, read before the work starts: a missing text or task should not show after hours."""
     settings = job.recipe.evaluation
-    if settings is None or not settings.corpora:
+    if settings is None or settings.is_empty:
         return None
     positions = job.source.config.to_dict().get("max_position_embeddings")
-    return load_texts(settings, lambda name: job.parts.corpus_tokens(name, job.recipe, job.source, job.workspace), positions)
+    parts, place_of = job.parts, (job.recipe, job.source, job.workspace)
+    sources = Sources(
+        corpus=lambda name: parts.corpus_tokens(name, *place_of),
+        chunked=lambda: parts.chunked_wikitext(*place_of),
+        cache_dir=job.workspace.cache_dir,
+    )
+    return load_questions(settings, parts, sources, positions)
 
 
 def _announce(plan: Plan) -> None:

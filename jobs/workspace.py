@@ -71,6 +71,11 @@ class Workspace:
         return self.job_dir / "certificate.json"
 
     @property
+    def evaluation_dir(self) -> Path:
+        """Results of tasks: ``base``, or what the job makes, then the task."""
+        return self.job_dir / "evaluation"
+
+    @property
     def lock_path(self) -> Path:
         """The file that a running job holds; outside ``tmp/``, which the job itself may delete."""
         return self.job_dir / LOCK

@@ -6,7 +6,8 @@ whoever has many batches should take all of them through a block at a time: :mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -44,20 +45,20 @@ class Shelf:
 
     def __init__(self, blocks: nn.ModuleList, read: BlockTensors, fill: Fill) -> None:
         self.blocks = blocks
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.hooks: list[RemovableHandle] = []
         self._read, self._fill = read, fill
         self._taken: set[int] = set()
 
     def take(self, index: int) -> bool:
-        """Give a block its weights in float32; whether it had none.
+        """Give a block its weights; whether it had none.
 
         Raises:
             ModelError: the weights are not those of the block.
         """
         if index in self._taken:
             return False
-        state = {name: tensor.to(self.device, torch.float32) for name, tensor in self._read(index).items()}
+        state = {name: tensor.to(self.device, self.dtype) for name, tensor in self._read(index).items()}
         try:
             self._fill(self.blocks[index], state)
         except ModelError as error:
@@ -152,18 +153,31 @@ def shelf_of(model: nn.Module) -> Shelf | None:
     return vars(model).get(_SHELF)
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model.to(device)``, for any model: blocks on demand go there when they are read."""
+@contextmanager
+def held(model: nn.Module) -> Iterator[nn.Module]:
+    """Within, all weights of a model that reads its blocks on demand are in memory; any other is as it was."""
+    shelf = shelf_of(model)
+    blocks = range(0 if shelf is None else len(shelf.blocks))
+    taken = [index for index in blocks if shelf is not None and shelf.take(index)]
+    try:
+        yield model
+    finally:
+        for index in taken:
+            shelf.put_back(index)
+
+
+def place(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """``model.to(device, dtype)``, for any model: blocks on demand get there when they are read."""
     shelf = shelf_of(model)
     if shelf is None:
-        return model.to(device)
-    shelf.device = device
+        return model.to(device, dtype)
+    shelf.device, shelf.dtype = device, dtype
     inside = {id(parameter) for parameter in shelf.blocks.parameters()}
     moved: dict[int, nn.Parameter] = {}  # what is tied stays one tensor
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in inside:
-                moved.setdefault(id(parameter), nn.Parameter(parameter.to(device), requires_grad=False))
+                moved.setdefault(id(parameter), nn.Parameter(parameter.to(device, dtype), requires_grad=False))
                 module._parameters[name] = moved[id(parameter)]
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -30,9 +30,15 @@ _ENVELOPE = {
     "TRUST_REMOTE_CODE": "true lets a model folder run its own code",
 }
 _EVALUATION = {
-    "perplexity": "the texts to score on: wikitext2, ptb, ptb_new, c4, c4_new, or names under CORPORA",
+    "perplexity": "the texts to score on: wikitext2, ptb, ptb_new, c4, c4_new, pajama, or names under CORPORA",
     "sequence_length": "tokens of a window; figures of one length only can be compared",
-    "tasks": "tasks of lm-eval, each alone or with its number of examples, such as gsm8k:5",
+    "tasks": "tasks of lm-eval, each alone or with its number of examples, such as gsm8k:5; also gptq_wikitext",
+    "task_folder": "a folder with tasks of your own, as lm-eval's YAML files",
+    "limit": "so many samples of each task; null: all",
+    "batch_size": "sequences that a task's model is given at once",
+    "dtype": "in which models compute; float16 halves the memory that tasks need on a GPU",
+    "add_bos_token": "whether texts of tasks begin with BOS; null: as the tokenizer does of itself",
+    "apply_chat_template": "true puts the questions of tasks into the tokenizer's chat template",
     "max_tokens": "so many tokens of each text; null: all",
     "kl_divergence": "also the KL divergence to the uncompressed model, and how often both have the same first choice",
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs.workspace import LOCK, MANIFEST, job_holder
 
-STOPPED = {"tmp", "exports", "packed"}  # folders inside a job, which hold no further jobs
+STOPPED = {"tmp", "exports", "packed", "evaluation"}  # folders inside a job, which hold no further jobs
 DEEPEST = 6  # a JOB_ID that an earlier version took could have slashes, but not this many
 
 

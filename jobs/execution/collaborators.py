@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from algorithms.base import CompressionAlgorithm, TokenRequest
+from algorithms.modeling.architecture import is_known
+from algorithms.modeling.evaluation import chunked
 from algorithms.modeling.evaluation import perplexity as evaluation
+from algorithms.modeling.on_demand import source_on_demand
 from algorithms.modeling.source import ModelSource
 from algorithms.registry import algorithm_class
-from configs.recipe import Recipe
+from configs.recipe import EvaluationConfig, Recipe
 from jobs import datasets, models
 from jobs.logs import Terminal
 from jobs.reporting.certificate import ClientCommand, client_command
+from jobs.scoring.harness import Harness
 from jobs.workspace import JobLock, Workspace
 
 
@@ -65,6 +69,19 @@ def load_dense(directory: Path, trust_remote_code: bool) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def open_source(source: ModelSource) -> nn.Module:
+    """The uncompressed model; block by block where its family is known, else as transformers loads it."""
+    plain = "quantization_config" not in source.raw_config()
+    if plain and is_known(source.config.model_type):
+        return source_on_demand(source)
+    return load_dense(source.directory, source.trust_remote_code)
+
+
+def make_harness(settings: EvaluationConfig, cache_dir: Path) -> Harness:
+    """lm-eval with a recipe's settings."""
+    return Harness(settings=settings, cache_dir=cache_dir)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collaborators:
     """The functions that a job is put together from; the defaults are the real ones."""
@@ -76,8 +93,12 @@ class Collaborators:
     load_tokens: Callable[[Recipe, TokenRequest, ModelSource, Workspace], Tokens] = datasets.load_tokens
     open_model: Callable[[Path, str, bool], ModelSource] = open_model
     corpus_tokens: CorpusTokens = datasets.corpus_tokens
+    chunked_wikitext: Callable[[Recipe, ModelSource, Workspace], Tensor] = datasets.chunked_wikitext
+    harness: Callable[[EvaluationConfig, Path], Harness] = make_harness
+    open_source: Callable[[ModelSource], nn.Module] = open_source
     load_dense: Callable[[Path, bool], nn.Module] = load_dense
     perplexity: Callable[[nn.Module, Tensor, int], evaluation.Perplexity] = evaluation.perplexity
+    chunked_perplexity: Callable[[nn.Module, Tensor, int | None], chunked.ChunkedPerplexity] = chunked.chunked_perplexity
     compare: Callable[[nn.Module, nn.Module, Tensor, int], evaluation.Comparison] = evaluation.compare
     client_command: ClientCommand = client_command
     terminal: Terminal = field(default_factory=Terminal)

@@ -6,17 +6,17 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json
+from algorithms.modeling.on_demand import place
 from configs.errors import CertificateError, DataError
-from jobs import evaluation
-from jobs.evaluation import CorpusFigures, Texts
+from jobs.evaluation import BASE, Examiner, Memory, Questions, Subject
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
 from jobs.manifest import Publication, StageRecord, Status, now
@@ -33,6 +33,7 @@ from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.summary import BitAccount, Summary
 from jobs.results.artifacts import remove_folder
 from jobs.results.publishing import CONFIG, count_files, format_folder, is_published, publish, write_extra
+from jobs.scoring.figures import Figures, as_records, from_records
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Outcome:
     plan: Plan
     artifact: Artifact
     given: Artifact | None
-    texts: Texts | None
+    questions: Questions | None
     keep_intermediate: bool
 
     @property
@@ -60,11 +61,6 @@ class Outcome:
     def formats(self) -> tuple[str, ...]:
         """The exported formats; none where the job ends before the export."""
         return tuple(self.job.algorithm.exports) if self.plan.is_complete else ()
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """Our own reading of the result, from before the export where that is there: it then checks the export too."""
-        return self._load()
 
     @property
     def unexported(self) -> Artifact:
@@ -78,20 +74,20 @@ class Outcome:
     def reference(self, name: str) -> nn.Module:
         """What the client of a format has to see: the result, rounded as that format stores it."""
         if name != DENSE:
-            return self.served(name)
+            return place(self.served(name), self.job.device)
         # Codebooks and scales are float16 values already; their products are rounded only where they are written out.
-        rounded = self._load()
+        rounded = self.job.algorithm.load(self.unexported).eval().requires_grad_(False)
         for tensor in rounded.parameters():
             tensor.data = tensor.data.half().float()
-        return rounded
+        return rounded.to(self.job.device)
 
     def served(self, client: str | None = None) -> nn.Module:
-        """The result as it computes where it is served, or as the client of a format computes it here."""
-        return self.job.algorithm.as_served(self.model, self.unexported, self.job.source, client)
+        """The result as it computes where it is served, or as the client of a format computes it here.
 
-    def _load(self) -> nn.Module:
-        model = self.job.algorithm.load(self.unexported)
-        return model.eval().requires_grad_(False).to(self.job.device)
+        Read block by block where the algorithm can.
+        """
+        algorithm = self.job.algorithm
+        return algorithm.as_served(algorithm.open(self.unexported).eval(), self.unexported, self.job.source, client)
 
 
 def conclude(outcome: Outcome) -> Summary:
@@ -107,10 +103,10 @@ def conclude(outcome: Outcome) -> Summary:
     failed = [c for c in certificates if c.verdict is Verdict.FAILED]
     if outcome.formats:
         _publish(outcome, withheld=[format_folder(c.format, outcome.formats) for c in failed])
-        _write_card(outcome, _summary(outcome, (), certificates))
+        _write_card(outcome, _summary(outcome, Figures(), certificates))
     for note in job.algorithm.serving_notes(job.workspace.job_dir):
         logger.info("%s", note)
-    figures = () if outcome.texts is None else _figures(outcome, outcome.texts)
+    figures = Figures() if outcome.questions is None else _figures(outcome, outcome.questions)
     summary = _summary(outcome, figures, certificates)
     if outcome.formats and figures:
         _write_card(outcome, summary)
@@ -165,8 +161,8 @@ def _restore(path: Path, record: Mapping[str, Any]) -> None:
 def _certificate_text(outcome: Outcome) -> Sequence[Tensor]:
     """Some text for the certificate: from EVALUATION, or else what the first stage calibrated on."""
     job = outcome.job
-    if outcome.texts is not None:
-        first = next(iter(outcome.texts.tokens.values()))
+    if outcome.questions is not None and outcome.questions.tokens:
+        first = next(iter(outcome.questions.tokens.values()))
         return first[: NUM_WINDOWS * WINDOW_LENGTH].split(WINDOW_LENGTH)
     requests = [stage.spec.tokens for stage in outcome.plan.stages if stage.spec.tokens is not None]
     try:
@@ -188,13 +184,28 @@ def _publish(outcome: Outcome, withheld: list[str]) -> None:
         logger.info("Published %s to %s", count_files(len(files)), job_dir)
 
 
-def _figures(outcome: Outcome, texts: Texts) -> tuple[CorpusFigures, ...]:
-    job, key = outcome.job, texts.key(outcome.artifact.digest)
-    earlier = outcome.remembered(job.manifest.current.evaluation, key)
-    if earlier is not None:
-        return evaluation.from_records(earlier["figures"])
-    measured = measure(job, texts, outcome.served())
-    job.manifest.update(evaluation={"key": key, **measured.record()})
+def _figures(outcome: Outcome, questions: Questions) -> Figures:
+    job, key = outcome.job, questions.key(outcome.artifact.digest)
+    manifest = job.manifest
+    earlier = outcome.remembered(manifest.current.evaluation, key)
+    if earlier is not None and "time" in earlier:
+        return from_records(earlier)
+    found = dict((manifest.current.evaluation or {}).get("done", {}))
+    if outcome.is_fresh:  # made in this run, perhaps to the same key as before: nothing said of it counts
+        found = {item: record for item, record in found.items() if record["subject"] != outcome.artifact.digest}
+    done = {item: record["result"] for item, record in found.items()}
+
+    def _keep(item: str, subject: str, record: Mapping[str, object]) -> None:
+        found[item] = {"subject": subject, "result": record}
+        manifest.update(evaluation={"key": key, "figures": [], "done": found})
+
+    measured = measure(
+        job,
+        questions,
+        Subject(key=outcome.artifact.digest, label=job.algorithm.product, open=lambda: placed(outcome.served(), job)),
+        memory=Memory(known=done, keep=_keep),
+    )
+    manifest.update(evaluation={"key": key, "done": found, **measured.record()})
     return measured.figures
 
 
@@ -202,22 +213,39 @@ def _figures(outcome: Outcome, texts: Texts) -> tuple[CorpusFigures, ...]:
 class Measured:
     """Figures and what it cost to get them."""
 
-    figures: tuple[CorpusFigures, ...]
+    figures: Figures
     cost: Usage
 
     def record(self) -> dict[str, object]:
         """As the manifest keeps it."""
-        return {"time": now(), "figures": evaluation.as_records(self.figures), "cost": asdict(self.cost)}
+        return {"time": now(), **as_records(self.figures), "cost": asdict(self.cost)}
 
 
-def measure(job: Job, texts: Texts, model: nn.Module | None) -> Measured:
-    """Score a model beside the uncompressed one, or with None that one alone; each text becomes a line of metrics.jsonl."""
+def measure(job: Job, questions: Questions, model: Subject | None, *, memory: Memory | None = None) -> Measured:
+    """Score a model beside the uncompressed one, or with None that one alone.
+
+    Each result becomes a line of metrics.jsonl; tasks leave their files in the job's ``evaluation`` folder.
+    """
+    examiner = Examiner(
+        questions=questions,
+        parts=job.parts,
+        progress=job.parts.terminal.progress,
+        folder=job.workspace.evaluation_dir,
+        cache_dir=job.workspace.cache_dir,
+        tokenizer=job.source.tokenizer,
+        memory=memory or Memory(),
+        note=lambda record: job.metrics({"stage": "evaluation", **record}),
+    )
+    base = Subject(key=job.source.digest, label=BASE, open=lambda: placed(job.parts.open_source(job.source), job))
     with Meter() as meter:
-        base = job.parts.load_dense(job.source.directory, job.source.trust_remote_code).to(job.device)
-        figures = evaluation.score(texts, base, model, parts=job.parts, progress=job.parts.terminal.progress)
-    for record in evaluation.as_records(figures):
-        job.metrics({"stage": "evaluation", **record})
+        figures = examiner.score(base, model)
     return Measured(figures=figures, cost=meter.usage())
+
+
+def placed(model: nn.Module, job: Job) -> nn.Module:
+    """A model where the job computes, as EVALUATION wants it."""
+    settings = job.recipe.evaluation
+    return place(model, job.device, torch.float32 if settings is None else getattr(torch, settings.dtype))
 
 
 def _bits(outcome: Outcome) -> Mapping[str, float]:
@@ -229,7 +257,7 @@ def _bits(outcome: Outcome) -> Mapping[str, float]:
     return bits
 
 
-def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates: tuple[FormatCertificate, ...]) -> Summary:
+def _summary(outcome: Outcome, figures: Figures, certificates: tuple[FormatCertificate, ...]) -> Summary:
     job, source = outcome.job, outcome.job.source
     manifest = job.manifest.current
     names = [stage.spec.name for stage in outcome.plan.stages]

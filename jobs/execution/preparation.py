@@ -77,7 +77,7 @@ class Materials:
             MissingEnvironmentError: from the algorithm; says what to install.
         """
         recipe = self.loaded.recipe
-        if not self.algorithm.loads and recipe.evaluation is not None and recipe.evaluation.corpora:
+        if not self.algorithm.loads and recipe.evaluation is not None and not recipe.evaluation.is_empty:
             raise DataError(
                 f"EVALUATION: what {self.algorithm.name} makes cannot be run by this program, so there are no figures of it. "
                 "Leave EVALUATION out; `python main.py evaluate` has those of the uncompressed model."

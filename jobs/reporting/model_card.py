@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from jobs.reporting.certificate import Verdict
-from jobs.reporting.summary import Summary
+from jobs.reporting.summary import FIGURE_COLUMNS, TASK_COLUMNS, Summary
 
 NAME = "README.md"
 
@@ -106,12 +106,14 @@ def _facts(summary: Summary) -> str:
 
 
 def _figures(summary: Summary) -> str:
-    if not summary.figures:
-        return ""
-    header = ("text", "sequence length", "windows", "tokens", "perplexity, before -> after", "KL (nats)", "same first choice")
-    return "## Evaluation\n\nPerplexity depends on the sequence length; compare figures of one length only.\n\n" + _table(
-        header, summary.figure_rows()
-    )
+    parts = []
+    if summary.figures.corpora:
+        parts += ["Perplexity depends on the sequence length; compare figures of one length only.", ""]
+        parts += [_table(FIGURE_COLUMNS, summary.figure_rows()), ""]
+    if summary.figures.tasks:
+        parts += ["Tasks were run with lm-eval; `gptq_wikitext` is auto-gptq's perplexity in chunks of 512 tokens.", ""]
+        parts += [_table(TASK_COLUMNS, summary.task_rows()), ""]
+    return "\n".join(["## Evaluation", "", *parts]).rstrip() if parts else ""
 
 
 def _certificates(summary: Summary) -> str:

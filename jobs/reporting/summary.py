@@ -10,10 +10,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jobs.evaluation import CorpusFigures
 from jobs.logs import duration
 from jobs.manifest import Lineage, StageRecord
 from jobs.reporting.certificate import FormatCertificate
+from jobs.scoring.figures import Figures, Interval, with_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Summary:
     bits: BitAccount | None
     size_before: int
     size_after: int | None
-    figures: Sequence[CorpusFigures]
+    figures: Figures
     certificates: Sequence[FormatCertificate]
     stages: Mapping[str, StageRecord]
     ran: Sequence[str]
@@ -113,10 +113,24 @@ class Summary:
                 str(f.windows),
                 str(f.tokens),
                 f"{f.base_perplexity:.4g}" + ("" if f.perplexity is None else f" -> {f.perplexity:.4g}"),
-                "" if f.kl_divergence is None else f"{f.kl_divergence:.4g}",
-                "" if f.top1_agreement is None else f"{f.top1_agreement:.1%}",
+                "" if f.kl_divergence is None else f"{f.kl_divergence:.4g}{_between(f.kl_interval, '.3g')}",
+                "" if f.top1_agreement is None else f"{f.top1_agreement:.1%}{_between(f.top1_interval, '.1%')}",
             )
-            for f in self.figures
+            for f in self.figures.corpora
+        ]
+
+    def task_rows(self) -> list[tuple[str, ...]]:
+        """One row a metric of a task: examples before a question, samples, BOS, metric, value before and after."""
+        return [
+            (
+                f.task,
+                "" if f.num_fewshot is None else str(f.num_fewshot),
+                str(f.samples),
+                "" if f.bos_added is None else "yes" if f.bos_added else "no",
+                f.metric,
+                " -> ".join(with_error(v, e) for v, e in ((f.base_value, f.base_error), (f.value, f.error)) if v is not None),
+            )
+            for f in self.figures.tasks
         ]
 
     def stage_rows(self) -> list[tuple[str, ...]]:
@@ -134,7 +148,8 @@ class Summary:
         ]
 
 
-_FIGURES = ("text", "sequence length", "windows", "tokens", "perplexity", "KL (nats)", "same first choice")
+FIGURE_COLUMNS = ("text", "sequence length", "windows", "tokens", "perplexity", "KL (nats, 95 %)", "same first choice (95 %)")
+TASK_COLUMNS = ("task", "examples", "samples", "BOS", "metric", "value")
 _STAGES = ("stage", "", "time", "CPU", "peak memory")
 
 
@@ -144,7 +159,7 @@ def as_tables(summary: Summary) -> Group:
     for label, value in summary.facts():
         facts.add_row(Text(label, style="bold"), Text(value))
     parts: list[Table] = [facts]
-    for header, rows in ((_FIGURES, summary.figure_rows()), (_STAGES, summary.stage_rows())):
+    for header, rows in _tables(summary):
         if rows:
             table = Table(*header)
             for row in rows:
@@ -156,10 +171,18 @@ def as_tables(summary: Summary) -> Group:
 def as_text(summary: Summary) -> str:
     """The summary as plain lines, columns aligned by spaces."""
     lines = _aligned(summary.facts())
-    for header, rows in ((_FIGURES, summary.figure_rows()), (_STAGES, summary.stage_rows())):
+    for header, rows in _tables(summary):
         if rows:
             lines += ["", *_aligned([header, *rows])]
     return "\n".join(lines)
+
+
+def _tables(summary: Summary) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    return [(FIGURE_COLUMNS, summary.figure_rows()), (TASK_COLUMNS, summary.task_rows()), (_STAGES, summary.stage_rows())]
+
+
+def _between(interval: Interval | None, spec: str) -> str:
+    return "" if interval is None else f" ({interval[0]:{spec}} to {interval[1]:{spec}})"
 
 
 def size(count: float) -> str:

@@ -39,7 +39,7 @@ def load_stored(directory: Path, materials: Materials) -> StoredModel:
     if found is not None:
         artifact = Artifact(kind=found.kind, directory=place, digest=found.key)
         with users_mistakes():
-            model = materials.algorithm.as_served(materials.algorithm.load(artifact), artifact, materials.source)
+            model = materials.algorithm.as_served(materials.algorithm.open(artifact), artifact, materials.source)
         return StoredModel(model=model.eval().requires_grad_(False), digest=found.key)
     if not (place / CONFIG).is_file():
         raise DataError(

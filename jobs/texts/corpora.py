@@ -35,7 +35,7 @@ class CorpusCard:
     column: str = "text"
     joiner: str | None = None
     line: Callable[[str], str] = str.strip
-    evaluation_split: str | None = "test"
+    evaluation_split: str = "test"
     longer_than: int = 0
     aliases: tuple[str, ...] = ()
 
@@ -80,7 +80,7 @@ CARDS = (
     CorpusCard(
         name="pajama",
         hub="togethercomputer/RedPajama-Data-1T-Sample",
-        evaluation_split=None,
+        evaluation_split="train",  # it has no other; a model that is calibrated on it is scored on some of the same documents
         longer_than=1,
         aliases=("redpajama", "red_pajama", "togethercomputer/redpajama-data-1t-sample"),
     ),

@@ -5,9 +5,9 @@ import pytest
 from algorithms.registry import REGISTRY, config_class
 from configs.errors import RecipeError
 from configs.loader import load_recipe
-from tests.support.source_tree import ROOT, files
+from tests.support.source_tree import ROOT, shipped_recipes
 
-RECIPES = [path for path in files("examples", "configs") if path.suffix in (".yaml", ".yml")]
+RECIPES = shipped_recipes()
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -31,7 +31,7 @@ def test_a_job_runs_its_stages_once_and_leaves_the_documented_folder(tmp_path):
     assert names == written | {"config.json", "model.safetensors", "README.md"}
     assert {path.name for path in (job_dir(tmp_path) / "tmp").iterdir()} == {"calibration", "caliberation", "converted"}
     assert (job_dir(tmp_path) / "tmp" / "caliberation" / "2.json").is_file()
-    assert result.summary.figures[0].perplexity != result.summary.figures[0].base_perplexity
+    assert result.summary.figures.corpora[0].perplexity != result.summary.figures[0].base_perplexity
 
     run(tmp_path, envelope=EVALUATED)
     assert journal(tmp_path) == [], "everything is reused"
@@ -357,7 +357,7 @@ def test_the_card_and_the_summary_hold_the_same_figures(tmp_path):
     changes = parts(tmp_path)
     result = run(tmp_path, envelope=EVALUATED, changes={"terminal": changes.terminal})
     card = (job_dir(tmp_path) / "README.md").read_text()
-    figures = result.summary.figures[0]
+    figures = result.summary.figures.corpora[0]
     said = f"{figures.base_perplexity:.4g} -> {figures.perplexity:.4g}"
     assert said in card
     assert said in changes.terminal.results.file.getvalue()

@@ -56,9 +56,9 @@ def test_plan_without_the_model_says_so_and_lists_the_stages(tmp_path):
 def test_a_recipe_may_ask_for_figures_of_the_uncompressed_model_alone(tmp_path):
     result = run(tmp_path, only_figures=True, envelope=EVALUATED)
     assert journal(tmp_path) == []
-    assert result.figures[0].perplexity is None
+    assert result.figures.corpora[0].perplexity is None
     found = json.loads((job_dir(tmp_path) / "evaluation.json").read_text())
-    assert found["figures"][0]["base_perplexity"] == result.figures[0].base_perplexity
+    assert found["figures"][0]["base_perplexity"] == result.figures.corpora[0].base_perplexity
     assert found["figures"][0]["tokens"] == 90
     assert not (job_dir(tmp_path) / "manifest.json").exists()
 
@@ -69,17 +69,17 @@ def test_evaluation_without_texts_is_refused(tmp_path):
 
 
 def test_artifacts_and_job_folders_are_read_by_their_algorithm(tmp_path):
-    expected = run(tmp_path, envelope=EVALUATED).figures[0]
+    expected = run(tmp_path, envelope=EVALUATED).figures.corpora[0]
     loaded = recipe(tmp_path, envelope=EVALUATED)
     for folder in (job_dir(tmp_path), job_dir(tmp_path) / "tmp" / "converted", job_dir(tmp_path) / "tmp" / "caliberation"):
-        assert evaluate_only(loaded, folder, parts=parts(tmp_path)).figures[0].perplexity == expected.perplexity
+        assert evaluate_only(loaded, folder, parts=parts(tmp_path)).figures.corpora[0].perplexity == expected.perplexity
     with pytest.raises(DataError, match=r"holds no model: no config\.json, and no finished stage of a job with FAKE"):
         evaluate_only(loaded, tmp_path, parts=parts(tmp_path))
 
 
 def test_a_foreign_folder_is_read_as_it_stands(tmp_path):
     source = FakeSource.create(tmp_path / "elsewhere")
-    figures = evaluate_only(recipe(tmp_path, envelope=EVALUATED), source.directory, parts=parts(tmp_path)).figures[0]
+    figures = evaluate_only(recipe(tmp_path, envelope=EVALUATED), source.directory, parts=parts(tmp_path)).figures.corpora[0]
     assert figures.perplexity == figures.base_perplexity
     assert figures.kl_divergence == 0
     assert figures.top1_agreement == 1

@@ -82,6 +82,9 @@ class FakeSource:
     weight_files: dict[str, str] = field(default_factory=lambda: {"table": "model.safetensors"})
     config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(to_dict=dict))
 
+    def tokenizer(self) -> SimpleNamespace:
+        return SimpleNamespace(bos_token_id=1)
+
     @classmethod
     def create(cls, directory: Path) -> FakeSource:
         directory.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,11 @@ def files(*roots: str) -> list[Path]:
     return sorted(path for path in below if path.is_file() and not _is_left_over(path.relative_to(ROOT)))
 
 
+def shipped_recipes() -> list[Path]:
+    """The recipes that the project shows; YAML files in a folder ``tasks`` are lm-eval's."""
+    return [path for path in files("examples", "configs") if path.suffix in (".yaml", ".yml") and path.parent.name != "tasks"]
+
+
 def _is_left_over(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 

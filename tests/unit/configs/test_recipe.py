@@ -156,8 +156,20 @@ def test_texts_to_evaluate_on_are_known_or_local(tmp_path):
     assert str(recipe.corpora["novel"]["test"]) == "b.txt"
     (unknown,) = problems_of(SMALL, tmp_path, "EVALUATION={perplexity: [novel]}")
     assert unknown.key == "EVALUATION.perplexity"
-    (tasks,) = problems_of(SMALL, tmp_path, "EVALUATION={tasks: ['gsm8k:5']}")
-    assert tasks.key == "EVALUATION.tasks"
+    assert load(SMALL, tmp_path, "EVALUATION=null").recipe.evaluation is None
+
+
+def test_tasks_have_a_number_of_examples_or_none(tmp_path):
+    evaluation = load(SMALL, tmp_path, "EVALUATION={tasks: 'gsm8k:5, gptq_wikitext'}").recipe.evaluation
+    assert [(request.name, request.num_fewshot) for request in evaluation.requests] == [("gsm8k", 5), ("gptq_wikitext", None)]
+    assert not evaluation.is_empty
+    assert load(SMALL, tmp_path, "EVALUATION={sequence_length: 5}").recipe.evaluation.is_empty
+    for wrong in ("'gsm8k:five'", "'gsm8k:'", "'../x'", "'a b'", "'gsm8k:-1'", "'gsm8k:5,gsm8k:5'", "{gsm8k: 5}", "'a:99999'"):
+        (problem,) = problems_of(SMALL, tmp_path, f"EVALUATION={{tasks: [{wrong}]}}")
+        assert problem.key == "EVALUATION.tasks", wrong
+
+
+def test_no_evaluation(tmp_path):
     assert load(SMALL, tmp_path, "EVALUATION=null").recipe.evaluation is None
 
 

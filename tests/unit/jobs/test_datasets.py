@@ -8,7 +8,7 @@ from algorithms.base import TokenRequest
 from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
 from jobs import datasets
-from jobs.datasets import UNSCORED, corpus_tokens, load_tokens, tokens_key
+from jobs.datasets import UNSCORED, chunked_wikitext, corpus_tokens, load_tokens, tokens_key
 from jobs.texts.windows import split_validation
 from jobs.workspace import open_workspace
 from tests.support.byte_model import BOS, VOCABULARY, byte_ids, save_tokenizer, text_of
@@ -239,10 +239,20 @@ def test_without_a_number_every_token_list_entry_is_used_and_some_are_left_to_wo
         job.tokens(TokenRequest(num_samples=None, sequence_length=24, seed=0, validation_samples=12))
 
 
-def test_pajama_is_not_for_scoring(tmp_path, source):
-    (tmp_path / "p.txt").write_text("x")
-    with pytest.raises(DataError, match="pajama has no text for scoring"):
-        Job(tmp_path, source, CORPORA={"pajama": str(tmp_path / "p.txt")}).corpus("pajama")
+def test_pajama_is_scored_on_windows_of_its_documents_as_c4_is(tmp_path, source):
+    rows = [{"text": letter * 40} for letter in "abc"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = Job(tmp_path, source, CORPORA={"pajama": str(tmp_path / "p.jsonl")}, EVALUATION={"sequence_length": 8})
+    tokens = job.corpus("pajama")
+    assert tokens.numel() == 256 * 8
+    assert all(len(set(window.tolist()) - {window[0].item()}) <= 1 for window in tokens.view(256, 8))
+
+
+def test_gptq_wikitext_joins_rows_with_nothing_between(tmp_path, source):
+    (tmp_path / "w.txt").write_text(" = Title = \n\n First line .\n \n Second . \n")
+    job = Job(tmp_path, source, CORPORA={"wikitext2": str(tmp_path / "w.txt")})
+    tokens = chunked_wikitext(job.recipe, source, job.workspace)
+    assert text_of(tokens[None]) == "^ = Title = \n \n First line .\n \n Second . \n"
 
 
 def test_scoring_the_calibration_file_is_said(tmp_path, source, caplog):

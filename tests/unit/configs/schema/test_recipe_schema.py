@@ -20,10 +20,10 @@ from configs.schema.readers import inner_block
 from configs.tree import read_tree
 from jobs.command_line.editor_schema import current_schema
 from tests.support.recipes import SMALL
-from tests.support.source_tree import ROOT, files
+from tests.support.source_tree import ROOT, shipped_recipes
 
 FILE = ROOT / "configs/schema/recipe.schema.json"
-RECIPES = [path for path in files("examples", "configs/presets") if path.suffix in (".yaml", ".yml")]
+RECIPES = shipped_recipes()
 SCHEMA = json.loads(FILE.read_text(encoding="utf-8"))
 VALIDATOR = Draft202012Validator(SCHEMA)
 

@@ -31,7 +31,7 @@ def _perplexity(folder, factor):
 
 
 def test_figures_are_those_of_the_served_model(tmp_path):
-    figures = run(tmp_path, **SERVED).figures[0]
+    figures = run(tmp_path, **SERVED).figures.corpora[0]
     assert figures.perplexity == pytest.approx(_perplexity(tmp_path, 0.25), rel=1e-5)
     assert figures.perplexity != pytest.approx(_perplexity(tmp_path, 1.0), rel=1e-2)
     assert figures.tokens == 90
@@ -52,11 +52,12 @@ def test_compared_with_what_a_server_computes_the_client_would_fail(tmp_path):
 
 
 def test_scored_later_a_result_is_the_served_model_too(tmp_path):
-    expected = run(tmp_path, **SERVED).figures[0].perplexity
+    expected = run(tmp_path, **SERVED).figures.corpora[0].perplexity
     loaded = recipe(tmp_path, **SERVED)
     calibration = manifest(tmp_path)["stages"]["calibration"]["directory"]
     for folder in (job_dir(tmp_path) / place for place in ("", "tmp/converted", f"tmp/{calibration}", "exports/other")):
-        assert evaluate_only(loaded, folder, parts=parts(tmp_path)).figures[0].perplexity == pytest.approx(expected, rel=1e-6)
+        figures = evaluate_only(loaded, folder, parts=parts(tmp_path)).figures.corpora[0]
+        assert figures.perplexity == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_a_server_has_to_know_is_in_the_log_and_on_the_card(tmp_path):

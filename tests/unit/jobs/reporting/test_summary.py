@@ -6,15 +6,19 @@ import pytest
 import yaml
 from rich.console import Console
 
-from jobs.evaluation import CorpusFigures
 from jobs.manifest import Lineage, StageRecord, Status
 from jobs.reporting.certificate import FormatCertificate, Verdict
 from jobs.reporting.model_card import loading_notes, model_card
 from jobs.reporting.summary import BitAccount, Summary, as_tables, as_text, size
+from jobs.scoring.figures import CorpusFigures, Figures, TaskFigures
 
 FIGURES = CorpusFigures(
     corpus="ptb", sequence_length=256, windows=7, tokens=1785, base_perplexity=22.02, perplexity=23.5, kl_divergence=0.0612,
-    top1_agreement=0.871,
+    top1_agreement=0.871, kl_interval=(0.05, 0.0725), top1_interval=(0.86, 0.88),
+)  # fmt: skip
+TASK = TaskFigures(
+    task="gsm8k", num_fewshot=5, metric="exact_match,strict-match", samples=9, bos_added=True, base_value=0.5, base_error=0.013,
+    value=0.4444, error=0.0137,
 )  # fmt: skip
 STAGE = StageRecord(
     key="k", algorithm="X", version=1, settings={}, input_key="m", tokens_key=None, request=None, data="none", kind="x",
@@ -30,7 +34,7 @@ def summary(verdict=Verdict.PASSED):
         bits=BitAccount.of({"codes": 2000.0, "codebooks": 450.0, "scales": 30.0, "parameters": 1000.0}, 1500),
         size_before=3_000_000,
         size_after=1_250_000,
-        figures=(FIGURES,),
+        figures=Figures(corpora=(FIGURES,), tasks=(TASK,)),
         certificates=(FormatCertificate(format="aqlm", verdict=verdict, reason="as measured"),),
         stages={"calibration": STAGE, "conversion": STAGE},
         ran=("conversion",),
@@ -62,7 +66,8 @@ def test_the_summary_says_all_of_it(drawn):
     for said in (
         "org/model", "AQLM", "2.480 (codes 2.000, codebooks 0.450, scales 0.030)", "6.987",
         "3.0 MB -> 1.2 MB (2.40 times smaller)",
-        "256", "1785", "22.02 -> 23.5", "0.0612", "87.1%", "passed: as measured", "1 min 15 s", "1 min 2 s", "512.0 MB", "/out",
+        "256", "1785", "22.02 -> 23.5", "0.0612 (0.05 to 0.0725)", "87.1% (86.0% to 88.0%)", "0.5 ± 0.013 -> 0.4444 ± 0.014",
+        "passed: as measured", "1 min 15 s", "1 min 2 s", "512.0 MB", "/out",
     ):  # fmt: skip
         assert said in text, said
     rows = {line.split()[0]: line for line in text.replace("│", " ").splitlines() if line.split()}
@@ -76,7 +81,8 @@ def test_the_card_has_header_table_and_snippet():
     assert header == {
         "base_model": "org/model", "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["aqlm"],
     }  # fmt: skip
-    assert "| ptb | 256 | 7 | 1785 | 22.02 -> 23.5 | 0.0612 | 87.1% |" in text
+    assert "| ptb | 256 | 7 | 1785 | 22.02 -> 23.5 | 0.0612 (0.05 to 0.0725) | 87.1% (86.0% to 88.0%) |" in text
+    assert "| gsm8k | 5 | 9 | yes | exact_match,strict-match | 0.5 ± 0.013 -> 0.4444 ± 0.014 |" in text
     assert "pip install aqlm" in text
     assert "Mind the step." in text
     assert "`exports/dense`" in text

@@ -57,7 +57,7 @@ def test_the_table_holds_the_published_rules():
         "ptb_new": ("ptb-text-only/ptb_text_only", " ", "test", "sentence"),
         "c4": ("allenai/c4", None, "validation", "text"),
         "c4_new": ("allenai/c4", None, "validation", "text"),
-        "pajama": ("togethercomputer/RedPajama-Data-1T-Sample", None, None, "text"),
+        "pajama": ("togethercomputer/RedPajama-Data-1T-Sample", None, "train", "text"),
     }
 
 

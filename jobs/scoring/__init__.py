@@ -1,0 +1,1 @@
+"""What a model is scored on, by whom, and what comes out."""

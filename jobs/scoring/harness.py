@@ -1,0 +1,231 @@
+"""Tasks of lm-eval (EleutherAI's harness), run on a model object, with lm-eval's own JSON and table beside the figures.
+
+Spec 10.3. Whether the beginning-of-sequence token stands before a text is decided here and recorded: gsm8k has been seen at
+0.37 with it and at 0.00 without, for the same model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from algorithms.modeling.files import atomic_write_json, atomic_write_text
+from configs.errors import DataError, MissingEnvironmentError
+from configs.names import TaskRequest
+from configs.recipe import EvaluationConfig
+from configs.values import nearest_name
+from jobs.scoring.figures import TaskResult
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = "lm-eval"
+_INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harness:
+    """lm-eval with the settings of a recipe.
+
+    ``settings`` say where further tasks are, how many samples to take and the batch size; ``cache_dir`` is where data sets are
+    kept.
+    """
+
+    settings: EvaluationConfig
+    cache_dir: Path
+
+    def check(self, requests: Sequence[TaskRequest]) -> None:
+        """Find all tasks and fetch their data, so that nothing of it fails after hours of compression.
+
+        Raises:
+            DataError: no such task, or its data cannot be had; says which.
+            MissingEnvironmentError: lm-eval is not installed.
+        """
+        if not requests:
+            return
+        manager = self._manager(requests)
+        for request in requests:
+            with datasets_in(self.cache_dir), _told(request):
+                manager.load([request.name])
+
+    def run(
+        self, request: TaskRequest, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path
+    ) -> tuple[TaskResult, ...]:
+        """Run one task or group of tasks.
+
+        Leaves ``results_<n>.json``, ``results_<n>.txt`` (lm-eval's table) and ``samples_<n>.jsonl`` in ``folder``, n being the
+        number of examples before each question.
+
+        Args:
+            request: the task, and how many examples; None is what the task itself says.
+            model: a transformers model in evaluation mode.
+            tokenizer: the model's.
+            folder: is made.
+
+        Returns:
+            The result of the task; of a name that stands for several, of each of these.
+
+        Raises:
+            DataError: the task cannot be run.
+        """
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        wanted = bos_wanted(tokenizer, self.settings.add_bos_token)
+        with _hushed():
+            client = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.settings.batch_size, add_bos_token=wanted)
+        added = starts_with_bos(client.tok_encode("a"), tokenizer)
+        if added is not wanted:
+            logger.warning(
+                "%s: add_bos_token is %s, but the tokenizer %s the token all the same.",
+                request.name, str(wanted).lower(), "adds" if added else "does not add",
+            )  # fmt: skip
+        with datasets_in(self.cache_dir), _told(request), _hushed():
+            found = simple_evaluate(
+                model=client,
+                tasks=[request.name],
+                num_fewshot=request.num_fewshot,
+                limit=self.settings.limit,
+                apply_chat_template=self.settings.apply_chat_template,
+                task_manager=self._manager([request]),
+            )
+        assert found is not None, "only ranks other than the first get nothing"
+        _write(found, folder, request)
+        return _results(found, request, added)
+
+    def _manager(self, requests: Sequence[TaskRequest]) -> TaskManager:
+        """The recipe's own tasks alone where these are enough: reading lm-eval's index takes seven seconds."""
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise MissingEnvironmentError(f"EVALUATION.tasks needs the package {_PACKAGE}: {_INSTALL}") from error
+        folder = self.settings.task_folder
+        own = None if folder is None else str(folder.expanduser())
+        if own is not None:
+            if not Path(own).is_dir():
+                raise DataError(f"EVALUATION.task_folder: {folder} is no folder.")
+            manager = TaskManager(include_path=own, include_defaults=False)
+            if all(request.name in manager.all_tasks for request in requests):
+                return manager
+        manager = TaskManager(include_path=own)
+        known = manager.all_tasks
+        for request in requests:
+            if request.name not in known:
+                near = nearest_name(request.name, known)
+                raise DataError(
+                    f"EVALUATION.tasks: lm-eval has no task {request.name!r}"
+                    + (f"; did you mean {near!r}?" if near else ".")
+                    + " Tasks of your own are read from the YAML files of EVALUATION.task_folder."
+                )
+        return manager
+
+
+def bos_wanted(tokenizer: PreTrainedTokenizerBase, setting: bool | None) -> bool:
+    """Whether texts are to begin with BOS: as the recipe says, or else as the tokenizer does of itself."""
+    return starts_with_bos(tokenizer("a")["input_ids"], tokenizer) if setting is None else setting
+
+
+def starts_with_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether token ids begin with the tokenizer's BOS."""
+    return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
+
+
+@contextmanager
+def datasets_in(folder: Path) -> Iterator[None]:
+    """Within, ``datasets`` keeps what it loads in ``folder``, for callers that cannot tell it so."""
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = folder
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Within, lm-eval's log says errors alone: it warns of every model object and of every number of examples."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@contextmanager
+def _told(request: TaskRequest) -> Iterator[None]:
+    """Errors about a task's data as an error that names the task."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"EVALUATION.tasks: {request} cannot be run: {type(error).__name__}: {reason}. "
+            "Its data comes from the hub unless its YAML file says otherwise."
+        ) from error
+
+
+def _write(found: Mapping[str, Any], folder: Path, request: TaskRequest) -> None:
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shots = request.num_fewshot if request.num_fewshot is not None else max(found["n-shot"].values(), default=0)
+    rest = {name: value for name, value in found.items() if name != "samples"}
+    atomic_write_json(
+        folder / f"results_{shots}.json", json.loads(json.dumps(rest, default=handle_non_serializable, ensure_ascii=False))
+    )
+    tables = [make_table(found), *([make_table(found, "groups")] if found.get("groups") else [])]
+    atomic_write_text(folder / f"results_{shots}.txt", "\n".join(tables) + "\n")
+    lines = [
+        json.dumps({"task": name, **sample}, default=handle_non_serializable, ensure_ascii=False)
+        for name, samples in found.get("samples", {}).items()
+        for sample in samples
+    ]
+    atomic_write_text(folder / f"samples_{shots}.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def _results(found: Mapping[str, Any], request: TaskRequest, bos_added: bool) -> tuple[TaskResult, ...]:
+    """A group's own average where there is one, and otherwise each of the tasks that the name stands for."""
+    every = found["results"]
+    names = [request.name] if request.name in every else list(every)
+    return tuple(
+        TaskResult(
+            task=name,
+            num_fewshot=found["n-shot"].get(name, request.num_fewshot),
+            samples=_samples(found, name),
+            metrics=_metrics(every[name]),
+            bos_added=bos_added,
+        )
+        for name in names
+    )
+
+
+def _samples(found: Mapping[str, Any], name: str) -> int:
+    counts = found["n-samples"]
+    inside = [name] if name in counts else found.get("group_subtasks", {}).get(name, [])
+    return sum(_samples(found, part) if part not in counts else counts[part]["effective"] for part in inside)
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """Metric and filter, as lm-eval writes them ("acc,none"), -> value and standard error."""
+    found = {}
+    for key, value in result.items():
+        metric, comma, kind = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = result.get(f"{metric}_stderr,{kind}")
+            usable = isinstance(error, int | float) and math.isfinite(error)
+            found[key] = (float(value), float(error) if usable else None)
+    return found
