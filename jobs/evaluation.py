@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from algorithms.base import Progress
 from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from algorithms.modeling.lockstep import free_bytes
-from algorithms.modeling.on_demand import held, shelf_of
+from algorithms.modeling.on_demand import held, place, shelf_of
 from configs.errors import DataError
 from configs.names import TaskRequest
 from configs.recipe import EvaluationConfig
@@ -229,6 +229,11 @@ class Examiner:
             metrics={"ppl": (found.value, None), "ppl_nyuntam_mean_of_running": (found.mean_of_running, None)},
             bos_added=bos is not None,
         )
+
+
+def placed(model: nn.Module, device: torch.device, settings: EvaluationConfig | None) -> nn.Module:
+    """A model where it is to compute, as EVALUATION wants it."""
+    return place(model, device, torch.float32 if settings is None else getattr(torch, settings.dtype))
 
 
 @contextmanager

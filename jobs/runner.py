@@ -16,9 +16,9 @@ from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from configs.errors import CertificateError, DataError, RankLostError
 from configs.loader import LoadedRecipe
 from jobs.earlier_jobs import lineage
-from jobs.evaluation import Questions, Sources, Subject, load_questions
+from jobs.evaluation import Questions, Sources, Subject, load_questions, placed
 from jobs.execution.collaborators import Collaborators
-from jobs.execution.conclusion import Outcome, conclude, measure, placed
+from jobs.execution.conclusion import Outcome, conclude, measure
 from jobs.execution.interruption import JobInterrupted, interruptible
 from jobs.execution.preparation import Materials, describe_data, gather, recipe_digest, versions
 from jobs.execution.stage import Job, run_stage
@@ -105,7 +105,7 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
         if questions is None:
             raise DataError("EVALUATION names no texts; to evaluate, write for example EVALUATION: {perplexity: [wikitext2]}.")
         stored = None if directory is None else load_stored(directory, materials)
-        subject = None if stored is None else _subject(stored, job)
+        subject = None if stored is None else _subject(stored, job, questions)
         measured = measure(job, questions, subject)
         record = {
             "model": str(directory or job.source.name),
@@ -118,8 +118,9 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
         return JobResult(job_dir=job.workspace.job_dir, figures=measured.figures)
 
 
-def _subject(stored: StoredModel, job: Job) -> Subject:
-    return Subject(key=stored.digest, label=job.algorithm.product, open=lambda: placed(stored.model, job))
+def _subject(stored: StoredModel, job: Job, questions: Questions) -> Subject:
+    label = (stored.algorithm or job.algorithm).product
+    return Subject(key=stored.digest, label=label, open=lambda: placed(stored.open(), job.device, questions.settings))
 
 
 def _execute(materials: Materials, job: Job, plan: Plan, questions: Questions | None) -> Outcome:

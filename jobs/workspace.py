@@ -26,6 +26,7 @@ from configs.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
 LOCK = ".job.lock"
 LEGACY_CALIBRATION = "caliberation"  # the spelling that older commands and guides use for tmp/calibration
 
@@ -63,7 +64,7 @@ class Workspace:
     @property
     def recipe_path(self) -> Path:
         """The recipe as it was resolved for the run."""
-        return self.job_dir / "recipe.yaml"
+        return self.job_dir / RECIPE
 
     @property
     def certificate_path(self) -> Path:

@@ -33,19 +33,26 @@ class Arguments:
     directory: Path | None = None
     user_folder: Path = Path("user_data")
     output: Path | None = None
+    base_model: str | None = None
+    quantized_model: str | None = None
+    pruned_model: str | None = None
+    tasks: str | None = None
+    results: Path | None = None
+    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """A command: what it does, and what adds its own options to its parser.
 
-    With ``takes_recipes`` it is done to each of the recipes on its line. An option's destination is a field of
-    :class:`Arguments`.
+    With ``takes_recipes`` it is done to each of the recipes on its line, unless there is none and one of ``in_place_of_recipe``
+    is given. An option's destination is a field of :class:`Arguments`.
     """
 
     summary: str
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     takes_recipes: bool = True
+    in_place_of_recipe: tuple[str, ...] = ()
 
 
 class _AddFiles(argparse.Action):
@@ -75,7 +82,14 @@ def _quiet(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _quiet(parser)
-    parser.add_argument("--directory", type=Path, help="a Hugging Face folder, in place of the recipe's model")
+    parser.add_argument("--directory", type=Path, help="a model or a job's result, beside the recipe's model")
+    models = parser.add_argument_group("without a recipe", "models are names on the hub, model folders, or folders of jobs")
+    models.add_argument("--base_model", metavar="MODEL", help="the uncompressed model")
+    models.add_argument("--quantized_model", metavar="MODEL", help="what has become of it")
+    models.add_argument("--pruned_model", metavar="MODEL", help="the same, of a pruned model")
+    models.add_argument("--tasks", metavar="LIST", help='"gsm8k:5,gptq_wikitext:0": names, and examples before a question')
+    models.add_argument("--results", type=Path, metavar="FOLDER", help="where results and log go (user_data/evals)")
+    models.add_argument("--cache_dir", type=Path, metavar="FOLDER", help="where data sets are kept")
 
 
 def _ls_options(parser: argparse.ArgumentParser) -> None:
@@ -87,12 +101,15 @@ def _schema_options(parser: argparse.ArgumentParser) -> None:
 
 
 DEFAULT = "run"
+_MODELS = ("base_model", "quantized_model", "pruned_model")
 COMMANDS: Mapping[str, Command] = {
     DEFAULT: Command(summary="run the recipes in order, and stop at the first that fails (the default)", add_options=_quiet),
     "plan": Command(summary="say which stages would run, and why, without running them", add_options=_quiet),
     "validate": Command(summary="check the recipes"),
     "evaluate": Command(
-        summary="measure the recipe's model, or the model in --directory, and nothing else", add_options=_evaluate_options
+        summary="measure the recipe's model, the model in --directory, or --base_model and others, and nothing else",
+        add_options=_evaluate_options,
+        in_place_of_recipe=_MODELS,
     ),
     "ls": Command(
         summary="list the algorithms, and the jobs below a user folder", add_options=_ls_options, takes_recipes=False
@@ -122,10 +139,26 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     late = [word for word in (*(str(file.path) for file in files), *more) if word in COMMANDS]
     if late and not Path(late[0]).exists():
         parser.error(f"{late[0]!r} stands too late; {_COMMAND_FIRST}")
-    if not files:
+    instead = [option for option in command.in_place_of_recipe if found.get(option) is not None]
+    if not files and not instead:
         parser.error("name a recipe: --yaml_path FILE or --json_path FILE")
+    if name == "evaluate":
+        _check_models(parser, found, files, instead)
     options = {option: value for option, value in found.items() if option not in _RECIPE_OPTIONS}
     return Arguments(command=name, files=tuple(files), overrides=(*overrides, *more), **options)
+
+
+def _check_models(
+    parser: argparse.ArgumentParser, found: Mapping[str, object], files: Sequence[object], models: Sequence[str]
+) -> None:
+    """Options that evaluate takes with a recipe, and those that it takes without one."""
+    alone = [option for option in (*_MODELS, "tasks", "results", "cache_dir") if found[option] is not None]
+    if files and alone:
+        parser.error(f"--{alone[0]} goes without a recipe; with one, write --directory FOLDER and EVALUATION.tasks=LIST")
+    if models and found["directory"] is not None:
+        parser.error("--directory goes with a recipe; without one, it is --quantized_model")
+    if len({"quantized_model", "pruned_model"} & set(models)) > 1:
+        parser.error("name one compressed model: --quantized_model or --pruned_model")
 
 
 _RECIPE_OPTIONS = ("yaml_path", "json_path")  # their values are in ``files`` and ``overrides``

@@ -38,6 +38,9 @@ def perform(arguments: Arguments) -> None:
     if not COMMANDS[arguments.command].takes_recipes:
         _ALONE[arguments.command](arguments)
         return
+    if not arguments.files:
+        _evaluate_models(arguments)
+        return
     action = _ACTIONS[arguments.command]
     for loaded in _load(arguments):
         with naming_remedies(loaded):
@@ -125,6 +128,21 @@ def _evaluate(loaded: LoadedRecipe, arguments: Arguments) -> None:
     from jobs.runner import evaluate_only
 
     evaluate_only(loaded, arguments.directory, parts=_parts(arguments))
+
+
+def _evaluate_models(arguments: Arguments) -> None:
+    from jobs.scoring.standalone import Request, evaluate_models
+
+    request = Request(
+        base=arguments.base_model,
+        model=arguments.quantized_model or arguments.pruned_model,
+        label="quantized" if arguments.pruned_model is None else "pruned",
+        tasks=arguments.tasks or "",
+        results=arguments.results or Path("user_data/evals"),
+        cache_dir=arguments.cache_dir,
+        overrides=arguments.overrides,
+    )
+    evaluate_models(request, parts=_parts(arguments))
 
 
 def _validate(loaded: LoadedRecipe, arguments: Arguments) -> None:

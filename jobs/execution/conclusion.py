@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.on_demand import place
 from configs.errors import CertificateError, DataError
-from jobs.evaluation import BASE, Examiner, Memory, Questions, Subject
+from jobs.evaluation import BASE, Examiner, Memory, Questions, Subject, placed
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
 from jobs.manifest import Publication, StageRecord, Status, now
@@ -202,7 +201,11 @@ def _figures(outcome: Outcome, questions: Questions) -> Figures:
     measured = measure(
         job,
         questions,
-        Subject(key=outcome.artifact.digest, label=job.algorithm.product, open=lambda: placed(outcome.served(), job)),
+        Subject(
+            key=outcome.artifact.digest,
+            label=job.algorithm.product,
+            open=lambda: placed(outcome.served(), job.device, questions.settings),
+        ),
         memory=Memory(known=done, keep=_keep),
     )
     manifest.update(evaluation={"key": key, "done": found, **measured.record()})
@@ -236,16 +239,14 @@ def measure(job: Job, questions: Questions, model: Subject | None, *, memory: Me
         memory=memory or Memory(),
         note=lambda record: job.metrics({"stage": "evaluation", **record}),
     )
-    base = Subject(key=job.source.digest, label=BASE, open=lambda: placed(job.parts.open_source(job.source), job))
+    base = Subject(
+        key=job.source.digest,
+        label=BASE,
+        open=lambda: placed(job.parts.open_source(job.source), job.device, questions.settings),
+    )
     with Meter() as meter:
         figures = examiner.score(base, model)
     return Measured(figures=figures, cost=meter.usage())
-
-
-def placed(model: nn.Module, job: Job) -> nn.Module:
-    """A model where the job computes, as EVALUATION wants it."""
-    settings = job.recipe.evaluation
-    return place(model, job.device, torch.float32 if settings is None else getattr(torch, settings.dtype))
 
 
 def _bits(outcome: Outcome) -> Mapping[str, float]:

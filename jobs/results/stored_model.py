@@ -3,73 +3,140 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from algorithms.base import Artifact
+from algorithms.base import Artifact, CompressionAlgorithm
 from algorithms.modeling.files import folder_digest
-from configs.errors import DataError
+from algorithms.modeling.source import ModelSource
+from algorithms.registry import config_class
+from configs.errors import DataError, RecipeError
+from configs.loader import load_recipe
 from configs.names import EXPORTS
-from jobs.execution.preparation import Materials, users_mistakes
+from jobs.execution.collaborators import Collaborators
+from jobs.execution.preparation import Materials, build_algorithm, users_mistakes
 from jobs.manifest import StageRecord, Status, read_manifest
 from jobs.results.publishing import CONFIG
-from jobs.workspace import MANIFEST
+from jobs.workspace import MANIFEST, RECIPE
 
 OUR_LAYOUTS = "bitpress-"  # how quant_method begins where transformers would start from random weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A float32 model that runs, and the digest that names its content."""
+    """A float32 model, opened when it is needed, and the digest that names its content.
 
-    model: nn.Module
+    ``algorithm`` is that of the job that wrote it, where one did.
+    """
+
+    open: Callable[[], nn.Module]
     digest: str
+    algorithm: CompressionAlgorithm | None = None
 
 
 def load_stored(directory: Path, materials: Materials) -> StoredModel:
-    """Load what stands in ``directory``: with the algorithm's own reader where a job of it wrote the folder, else as it stands.
+    """What stands in ``directory``, for a job whose algorithm may have written it.
 
     Raises:
-        DataError: the folder holds neither a finished artifact nor a model, or one that cannot be loaded.
+        DataError: see :func:`find_stored`.
+    """
+    found = find_stored(
+        directory,
+        source=materials.source,
+        parts=materials.parts,
+        trust_remote_code=materials.loaded.recipe.trust_remote_code,
+        algorithm=materials.algorithm,
+    )
+    if found is None:
+        raise DataError(
+            f"{directory} holds no model: no {CONFIG}, and no finished stage of a job. Name a job folder, a folder below its "
+            "tmp/, or a Hugging Face model folder."
+        )
+    return found
+
+
+def find_stored(
+    directory: Path,
+    *,
+    source: ModelSource | None,
+    parts: Collaborators,
+    trust_remote_code: bool,
+    algorithm: CompressionAlgorithm | None = None,
+) -> StoredModel | None:
+    """What stands in ``directory``: read by the algorithm of the job that wrote it, else as any Hugging Face folder.
+
+    Args:
+        directory: a job folder, a folder below its tmp/ or exports/, or a model folder.
+        source: the uncompressed model, where it is known.
+        parts: reads folders that no job wrote.
+        trust_remote_code: whether such a folder may run its own code.
+        algorithm: reads the folders of jobs with this algorithm; for other jobs, what their own recipe says.
+
+    Returns:
+        None where there is neither a finished artifact nor a model.
+
+    Raises:
+        DataError: a folder that cannot be read without its job, or a job whose recipe is not valid.
     """
     place = directory.expanduser().resolve()
-    found = _record_of(place, materials)
+    found = _record_of(place)
     if found is not None:
-        artifact = Artifact(kind=found.kind, directory=place, digest=found.key)
-        with users_mistakes():
-            model = materials.algorithm.as_served(materials.algorithm.open(artifact), artifact, materials.source)
-        return StoredModel(model=model.eval().requires_grad_(False), digest=found.key)
+        record, job_dir = found
+        owner = algorithm
+        if owner is None or owner.name != record.algorithm:
+            owner = _algorithm_of(job_dir, parts)
+        return StoredModel(open=_opener(owner, record, place, source), digest=record.key, algorithm=owner)
     if not (place / CONFIG).is_file():
-        raise DataError(
-            f"{directory} holds no model: no {CONFIG}, and no finished stage of a job with {materials.algorithm.name}. "
-            "Name a job folder, a folder below its tmp/, or a Hugging Face model folder."
-        )
-    quantization = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
-    if str(quantization.get("quant_method", "")).startswith(OUR_LAYOUTS):
+        return None
+    settings = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
+    if str(settings.get("quant_method", "")).startswith(OUR_LAYOUTS):
         raise DataError(
             f"{directory} is packed in a layout of this program, and the job that wrote it is not around it. "
-            "Name the folder where it stands below its job, with that job's recipe."
+            "Name the folder where it stands below its job."
         )
-    dense = materials.parts.load_dense(place, materials.loaded.recipe.trust_remote_code)
-    return StoredModel(model=dense, digest=folder_digest(place))
+    plain = ModelSource(place, trust_remote_code=trust_remote_code)
+    return StoredModel(open=lambda: parts.open_source(plain), digest=folder_digest(place))
 
 
-def _record_of(place: Path, materials: Materials) -> StageRecord | None:
-    """The finished stage that wrote the folder: a job folder stands for its last stage, tmp/<directory> for its own.
+def _opener(
+    algorithm: CompressionAlgorithm, record: StageRecord, place: Path, source: ModelSource | None
+) -> Callable[[], nn.Module]:
+    artifact = Artifact(kind=record.kind, directory=place, digest=record.key)
 
-    A format in ``exports/<format>`` of either belongs to the last stage too.
+    def _open() -> nn.Module:
+        with users_mistakes():
+            model = algorithm.open(artifact).eval().requires_grad_(False)
+            return algorithm.as_served(model, artifact, source or ModelSource(place))
+
+    return _open
+
+
+def _algorithm_of(job_dir: Path, parts: Collaborators) -> CompressionAlgorithm:
+    """The algorithm as the job's own recipe sets it up."""
+    try:
+        return build_algorithm(load_recipe(job_dir / RECIPE, plugin_config=config_class), parts)
+    except RecipeError as error:
+        raise DataError(f"{job_dir / RECIPE}, the recipe of the job that wrote the model, is not valid.\n{error}") from error
+
+
+def _record_of(place: Path) -> tuple[StageRecord, Path] | None:
+    """The finished stage that wrote the folder, and its job.
+
+    A job folder stands for its last stage, tmp/<directory> for its own. A format in ``exports/<format>`` of either belongs to
+    the last stage too.
     """
-    last = materials.specs[-1].name
     if place.parent.name == EXPORTS:
         place = place.parent.parent
-    for manifest_path, wanted in ((place / MANIFEST, None), (place.parent.parent / MANIFEST, place.name)):
-        if not manifest_path.is_file():
+    for job_dir, wanted in ((place, None), (place.parent.parent, place.name)):
+        if not (job_dir / MANIFEST).is_file():
             continue
-        manifest = read_manifest(manifest_path)
-        for name, record in manifest.stages.items():
-            matches = name == last if wanted is None else record.directory == wanted
-            if matches and record.status is Status.FINISHED and record.algorithm == materials.algorithm.name:
-                return record
+        manifest = read_manifest(job_dir / MANIFEST)
+        published = None if manifest.published is None else manifest.published.key
+        for record in manifest.stages.values():
+            matches = record.key == published if wanted is None else record.directory == wanted
+            if matches and record.status is Status.FINISHED:
+                return record, job_dir
     return None
