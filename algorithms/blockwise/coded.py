@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_loop import BlockData
 from algorithms.modeling.transforms.serving import AS_IT_IS, Serving
+from algorithms.numerics.information.rate_distortion import rates
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.spread import WHOLE, Spread
 from algorithms.numerics.statistics import InputStatistics
@@ -160,7 +161,15 @@ class CodedCompressor(Generic[Weight]):
                 wanted = [part.wanted for part in mine if part.wanted is not None]
                 modules[name] = self._method.tunable(stored, torch.cat(wanted), linear.bias)
             self._method.serving.hook(modules[name])
+        self._note_rates(linears, statistics)
         return modules
+
+    def _note_rates(self, linears: Iterable[str], statistics: InputStatistics | None) -> None:
+        """What each linear's error would cost a Gaussian matrix, for the report."""
+        if self._ranks.is_main:
+            errors = {name: self._reports[name]["relative_error"] for name in linears}
+            for name, rate in rates(None if statistics is None else statistics.hessian(), errors).items():
+                self._reports[name]["gaussian_bits"] = rate
 
     def _fit_share(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics | None) -> dict[str, _Fitted[Weight]]:
         """Fit what falls to this rank: a run of rows of every linear, or whole linears where rows cannot be fitted apart."""

@@ -18,6 +18,7 @@ from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_loop import BlockData
 from algorithms.numerics.codebooks.additive import AdditiveCodes
 from algorithms.numerics.codebooks.additive_fit import AdditiveSettings, fit_additive
+from algorithms.numerics.information.rate_distortion import rates
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.spread import WHOLE, Spread
 from algorithms.numerics.statistics import InputStatistics
@@ -85,10 +86,16 @@ class AqlmCompressor:
         """Fit additive codebooks to each linear under the Hessian of their common input."""
         assert statistics is not None
         parts = self._ranks.exchange(self._fit_share(index, linears, statistics))
-        return {
+        finished = {
             name: self._finished(index, name, linear, [part[name] for part in parts if name in part])
             for name, linear in linears.items()
         }
+        if self._ranks.is_main:
+            reports = {name: self._block.linears[name] for name in linears}
+            errors = {name: report["relative_error"] for name, report in reports.items()}
+            for name, rate in rates(statistics.hessian(), errors).items():
+                reports[name]["gaussian_bits"] = rate
+        return finished
 
     def _fit_share(self, index: int, linears: Mapping[str, nn.Linear], statistics: InputStatistics) -> dict[str, _Fitted]:
         """Whole linears where they can be shared out evenly, else a run of rows of each, all ranks at one linear at a time."""
