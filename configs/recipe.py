@@ -31,6 +31,7 @@ from configs.values import (
     Text,
     Whole,
     expected,
+    flag,
     inside,
     names,
     nearest_name,
@@ -121,6 +122,15 @@ class EvaluationConfig(StrictModel):
         return value
 
 
+class TrackingConfig(StrictModel):
+    """Figures in wandb, beside metrics.jsonl. ``wandb`` null leaves it to the algorithm's keys."""
+
+    wandb: Annotated[bool | None, BeforeValidator(Nullable(flag))] = None
+    project: OptionalText = None
+    entity: OptionalText = None
+    name: OptionalText = None
+
+
 class Recipe(StrictModel):
     """What a job is, but for the parameters of its algorithm. Relative paths count from the working folder."""
 
@@ -150,6 +160,7 @@ class Recipe(StrictModel):
     export: Annotated[tuple[str, ...], BeforeValidator(names)] = Field(default=(), alias="EXPORT")
     corpora: Corpora = Field(default_factory=dict, alias="CORPORA")
     evaluation: EvaluationConfig | None = Field(default=None, alias="EVALUATION")
+    tracking: TrackingConfig | None = Field(default=None, alias="TRACKING")
     num_processes: OptionalCount = Field(default=None, alias="NUM_PROCESSES")
     trust_remote_code: Flag = Field(default=False, alias="TRUST_REMOTE_CODE")
 

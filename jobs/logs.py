@@ -31,6 +31,7 @@ _QUIET = (
     "huggingface_hub",
     "numba",
     "matplotlib",
+    "wandb",
 )
 
 

@@ -30,6 +30,7 @@ from jobs.processes.crew import Crew
 from jobs.processes.environment import note_on_processes
 from jobs.reporting.plan_text import JobPlan, describe_job
 from jobs.reporting.summary import Summary, as_tables, as_text
+from jobs.reporting.tracking import check_tracking, tracking
 from jobs.results.publishing import check_target
 from jobs.results.stored_model import load_stored
 from jobs.workspace import Workspace, open_workspace
@@ -144,11 +145,17 @@ def _execute(materials: Materials, job: Job, plan: Plan, texts: Texts | None) ->
 def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[tuple[Materials, Job]]:
     """Device, folders, log, lock and manifest of a job; all given back on leaving, the manifest told how it ended."""
     recipe = loaded.recipe
+    check_tracking(loaded)
     notes = (note_on_processes(recipe), this_process.apply_visible_devices(recipe.cuda_id))
     workspace = open_workspace(recipe)
     check_target(workspace.job_dir, read_manifest(workspace.manifest_path).published)
     workspace.create()
-    with logging_to(workspace.logs_dir, crew.process, parts.terminal), parts.lock(workspace), interruptible():
+    with (
+        logging_to(workspace.logs_dir, crew.process, parts.terminal),
+        parts.lock(workspace),
+        interruptible(),
+        tracking(loaded, workspace) as track,
+    ):
         for warning in (*loaded.warnings, *(note for note in notes if note)):
             logger.warning("%s", warning)
         manifest = ManifestFile(workspace.manifest_path)
@@ -165,6 +172,7 @@ def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[
             device=this_process.choose_device(crew.process),
             run_id=materials.run.id,
             data=describe_data(recipe),
+            track=track,
         )
         yield materials, job
 
