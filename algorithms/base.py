@@ -129,12 +129,14 @@ class CompressionAlgorithm(ABC):
     ``config`` is an instance of the plugin's ``Config``. ``exports`` are the formats that the recipe asked for, a subset of
     ``formats``, whose first entry is the plugin's default. The stage that exports writes the first format into its
     ``output_dir`` and every further one into ``output_dir/exports/<format>``. ``loads`` is false where no artifact can be
-    loaded on the machine that makes it: other programs make it, and run it.
+    loaded on the machine that makes it: other programs make it, and run it. ``relation`` is the hub's word for what
+    becomes of the base model.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
     loads: ClassVar[bool] = True
+    relation: ClassVar[str] = "quantized"
 
     def __init__(self, config: BaseModel, exports: Sequence[str] = ()) -> None:
         self.config = config
