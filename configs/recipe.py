@@ -15,6 +15,7 @@ from configs.names import (
     dataset_reference,
     devices,
     folder_name,
+    hub_repository,
     job_reference,
     model_name,
     service_name,
@@ -161,6 +162,9 @@ class Recipe(StrictModel):
     corpora: Corpora = Field(default_factory=dict, alias="CORPORA")
     evaluation: EvaluationConfig | None = Field(default=None, alias="EVALUATION")
     tracking: TrackingConfig | None = Field(default=None, alias="TRACKING")
+    push_to_hub: Annotated[str | None, BeforeValidator(Nullable(hub_repository, unset=True))] = Field(
+        default=None, alias="PUSH_TO_HUB"
+    )
     num_processes: OptionalCount = Field(default=None, alias="NUM_PROCESSES")
     trust_remote_code: Flag = Field(default=False, alias="TRUST_REMOTE_CODE")
 

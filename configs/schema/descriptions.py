@@ -27,6 +27,7 @@ _ENVELOPE = {
     "CORPORA": "local files for texts by name, for example {wikitext2: {train: a.txt, test: b.txt}}",
     "EVALUATION": "what is measured at the end",
     "TRACKING": "figures in wandb, beside metrics.jsonl",
+    "PUSH_TO_HUB": "org/name: where a result that has passed its certificate is uploaded to",
     "NUM_PROCESSES": "how many processes, if not as many as devices",
     "TRUST_REMOTE_CODE": "true lets a model folder run its own code",
 }

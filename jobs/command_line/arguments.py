@@ -33,6 +33,7 @@ class Arguments:
     directory: Path | None = None
     user_folder: Path = Path("user_data")
     output: Path | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,11 @@ def _schema_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write it there and not to the terminal")
 
 
+def _push_options(parser: argparse.ArgumentParser) -> None:
+    _quiet(parser)
+    parser.add_argument("--dry-run", action="store_true", help="list what would be sent, with sizes, and send nothing")
+
+
 DEFAULT = "run"
 COMMANDS: Mapping[str, Command] = {
     DEFAULT: Command(summary="run the recipes in order, and stop at the first that fails (the default)", add_options=_quiet),
@@ -94,6 +100,7 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate": Command(
         summary="measure the recipe's model, or the model in --directory, and nothing else", add_options=_evaluate_options
     ),
+    "push": Command(summary="upload the recipe's result to its PUSH_TO_HUB", add_options=_push_options),
     "ls": Command(
         summary="list the algorithms, and the jobs below a user folder", add_options=_ls_options, takes_recipes=False
     ),

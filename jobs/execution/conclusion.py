@@ -280,12 +280,12 @@ def _write_card(outcome: Outcome, summary: Summary) -> None:
     card = model_card(
         summary,
         formats=outcome.formats,
-        recipe=without_secrets(job.workspace.recipe_path.read_text(encoding="utf-8"), os.environ),
+        recipe=job.workspace.recipe_path.read_text(encoding="utf-8"),
         tags=("compression", *dict.fromkeys(method.lower() for method in (*earlier, job.algorithm.name))),
         notes=(*loading_notes(config), *job.algorithm.serving_notes(job.workspace.job_dir)),
         origin=origin_of(job.source.directory, summary.stages.values(), job.algorithm.relation),
     )
-    write_extra(job.workspace.job_dir / NAME, card, job.manifest, job.workspace.job_dir)
+    write_extra(job.workspace.job_dir / NAME, without_secrets(card, os.environ), job.manifest, job.workspace.job_dir)
 
 
 def _read_config(path: Path) -> Mapping[str, object]:

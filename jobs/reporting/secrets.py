@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)(API_?KEY|KEY|AUTH)(_|$)", re.IGNORECASE)
-SHORTEST = 6  # characters; shorter values stand everywhere by chance
-MASK = "***"
+SECRET = re.compile(r"TOKEN(_|$)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)(API_?KEY|KEY|AUTH)(_|$)", re.IGNORECASE)
+SHORTEST = 8  # characters; shorter values stand everywhere by chance
+MASK = "(secret)"  # plain YAML, as the card has it in its recipe
 WANDB_SERVER = "https://api.wandb.ai"
 Value = TypeVar("Value")
 

@@ -169,7 +169,7 @@ def test_no_secret_reaches_it(tmp_path, wandb):
     with tracking(replace(loaded, resolved=resolved), workspace, {"MY_TOKEN": KEY, "WANDB_API_KEY": KEY[:20]}):
         pass
     assert KEY[:20] not in json.dumps(module.started[0], default=str)
-    assert module.started[0]["config"]["llm"]["FAKE"] == {"list": ["***", 3], "***": True}
+    assert module.started[0]["config"]["llm"]["FAKE"] == {"list": ["(secret)", 3], "(secret)": True}
     assert module.started[0]["settings"]["x_disable_meta"]
 
 
