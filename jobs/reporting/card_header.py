@@ -112,7 +112,7 @@ def _results_on(figures: CorpusFigures) -> list[Measured]:
         "sequence_length": figures.sequence_length,
         "windows": figures.windows,
         "tokens": figures.tokens,
-        "base_perplexity": figures.base_perplexity,
+        "base_perplexity": _rounded(figures.base_perplexity),
     }
     found = (
         ("perplexity", "perplexity", figures.perplexity),
@@ -132,12 +132,16 @@ def _index(results: Sequence[Measured]) -> list[dict[str, object]]:
     entries = []
     for dataset in dict.fromkeys(result.dataset for result in results):
         metrics = [
-            {"type": r.metric, "name": r.name, "value": float(f"{r.value:.6g}"), "args": dict(r.arguments)}
+            {"type": r.metric, "name": r.name, "value": _rounded(r.value), "args": dict(r.arguments)}
             for r in results
             if r.dataset == dataset
         ]
         entries.append({"task": dict(TASK), "dataset": {"type": dataset, "name": dataset}, "metrics": metrics})
     return entries
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _header_of(card: Path) -> Mapping[str, object]:
