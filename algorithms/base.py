@@ -130,13 +130,15 @@ class CompressionAlgorithm(ABC):
     ``config`` is an instance of the plugin's ``Config``. ``exports`` are the formats that the recipe asked for, a subset of
     ``formats``, whose first entry is the plugin's default. The stage that exports writes the first format into its
     ``output_dir`` and every further one into ``output_dir/exports/<format>``. ``loads`` is false where no artifact can be
-    loaded on the machine that makes it: other programs make it, and run it. ``product`` is what has become of a model.
+    loaded on the machine that makes it: other programs make it, and run it. ``product`` is what has become of a model, and
+    ``relation`` the hub's word for that.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
     loads: ClassVar[bool] = True
     product: ClassVar[str] = "quantized"
+    relation: ClassVar[str] = "quantized"
 
     def __init__(self, config: BaseModel, exports: Sequence[str] = ()) -> None:
         self.config = config

@@ -20,14 +20,21 @@ REFUSED = {
     "IMAGE_COLUMN": "no such key: this version compresses language models on text, not on images",
 }
 UNSET = (None, "", False)
+SPELLINGS = {"push_to_hub": "PUSH_TO_HUB"}  # another spelling of a key -> the key
 
 
 def take_legacy_keys(document: Document, values: dict[str, object]) -> dict[str, object]:
-    """``values`` without the keys of older recipes; those that cannot be honoured become problems."""
+    """``values`` without the keys of older recipes, other spellings as the key; what cannot be honoured becomes a problem."""
     for key, reason in REFUSED.items():
         if values.get(key) not in UNSET:
             document.problem((key,), values[key], reason)
-    return {key: value for key, value in values.items() if key not in IGNORED and key not in REFUSED}
+    for spelling, key in SPELLINGS.items():
+        if spelling in values and key in values:
+            document.problem((spelling,), values[spelling], f"{key} alone: it is the same key")
+        elif spelling in values:
+            document.rename(spelling, key)
+    known = {key: value for key, value in values.items() if key not in IGNORED and key not in REFUSED}
+    return {SPELLINGS.get(key, key): value for key, value in known.items()}
 
 
 def legacy_warnings(values: dict[str, object], recipe: Recipe) -> tuple[str, ...]:

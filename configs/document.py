@@ -91,6 +91,11 @@ class Document:
             name = ".".join(str(part) for part in (key, *typed))
             self.problems.append(RecipeProblem(file=self.file, line=line, key=name, value=value, expected=expected))
 
+    def rename(self, spelling: str, key: str) -> None:
+        """Let a key at the top stand where another spelling of it does; values stay as they are."""
+        self.lines = {((key, *path[1:]) if path[:1] == (spelling,) else path): line for path, line in self.lines.items()}
+        self.typed = {((key, *path[1:]) if path[:1] == (spelling,) else path): text for path, text in self.typed.items()}
+
     def _reject(self, text: str, expected: str) -> None:
         self.problems.append(RecipeProblem(file=COMMAND_LINE, line=None, key=text, value=Absent, expected=expected))
 

@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     ENVIRONMENT = 3
     OUT_OF_MEMORY = 4
     CERTIFICATE = 5
+    UPLOAD = 6
     INTERRUPTED = 75
 
 
@@ -97,6 +98,10 @@ class CertificateError(RuntimeError):
     """A written format that its own client reads differently, or a quality gate that was not met."""
 
 
+class UploadError(RuntimeError):
+    """A result that did not reach the hub. It is complete here, and the message has the command that sends it again."""
+
+
 class RankLostError(RuntimeError):
     """One of the processes that share a job is gone, or cannot be reached. What is finished is kept, and a new run resumes."""
 
@@ -118,6 +123,7 @@ EXIT_CODES: Mapping[type[BaseException], ExitCode] = {
     MissingEnvironmentError: ExitCode.ENVIRONMENT,
     MemoryShortageError: ExitCode.OUT_OF_MEMORY,
     CertificateError: ExitCode.CERTIFICATE,
+    UploadError: ExitCode.UPLOAD,
     RankLostError: ExitCode.INTERRUPTED,
     KeyboardInterrupt: ExitCode.INTERRUPTED,
 }

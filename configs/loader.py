@@ -68,10 +68,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, plugin_config: Con
         raise RecipeError(sorted(document.problems, key=lambda problem: (problem.file == COMMAND_LINE, problem.line or 0)))
     prefix = f"{BLOCK}.{algorithm.key}."
     own = (*parameters.warnings(prefix), *parameters.export_warnings(recipe.export, prefix))
-    warnings = (*legacy_warnings(values, recipe), *algorithm.warnings(), *own)
+    warnings = (*legacy_warnings(values, recipe), *_tracking_warnings(recipe, parameters), *algorithm.warnings(), *own)
     return LoadedRecipe(
         recipe=recipe, parameters=parameters, resolved=values, file=path, warnings=warnings, overrides=tuple(overrides)
     )
+
+
+def _tracking_warnings(recipe: Recipe, parameters: AlgorithmParameters) -> tuple[str, ...]:
+    """A line for a TRACKING block that says where, but not whether."""
+    asked = recipe.tracking
+    if asked is None or asked.wandb is not None or parameters.tracks or not asked.model_fields_set - {"wandb"}:
+        return ()
+    return ("TRACKING has no effect without TRACKING.wandb: true",)
 
 
 class _Algorithm:

@@ -20,6 +20,8 @@ TOKEN_FILES = (".pt", ".pth")  # a data set name that ends like this is a file o
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 TASK_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 MOST_EXAMPLES = 1000  # before a question: no model reads more
+REPOSITORY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+REPOSITORY_LENGTH = 96
 EXPLICIT_PATH = ("/", "./", "../", "~")
 
 
@@ -124,6 +126,14 @@ def custom_model(value: object) -> Path:
     if isinstance(value, str) and value.strip().casefold().startswith(JOB_SCHEME):
         raise expected(f"a path; another job's output is named by MODEL: {value.strip()}")
     return path(value)
+
+
+def hub_repository(value: object) -> str:
+    """Reads the name of a repository on the hub, with whose it is."""
+    name = text(value).strip()
+    if not REPOSITORY_PATTERN.fullmatch(name) or len(name) > REPOSITORY_LENGTH:
+        raise expected("a repository of the hub, with its owner: org/name")
+    return name
 
 
 def dataset_reference(value: object) -> str:

@@ -16,6 +16,7 @@ from configs.names import (
     dataset_reference,
     devices,
     folder_name,
+    hub_repository,
     job_reference,
     model_name,
     service_name,
@@ -36,6 +37,7 @@ from configs.values import (
     Text,
     Whole,
     expected,
+    flag,
     inside,
     names,
     nearest_name,
@@ -148,6 +150,15 @@ class EvaluationConfig(StrictModel):
         return _known(value, known, "texts to evaluate on, local ones named under CORPORA")
 
 
+class TrackingConfig(StrictModel):
+    """Figures in wandb, beside metrics.jsonl. ``wandb`` null leaves it to the algorithm's keys."""
+
+    wandb: Annotated[bool | None, BeforeValidator(Nullable(flag))] = None
+    project: OptionalText = None
+    entity: OptionalText = None
+    name: OptionalText = None
+
+
 class Recipe(StrictModel):
     """What a job is, but for the parameters of its algorithm. Relative paths count from the working folder."""
 
@@ -177,6 +188,10 @@ class Recipe(StrictModel):
     export: Annotated[tuple[str, ...], BeforeValidator(names)] = Field(default=(), alias="EXPORT")
     corpora: Corpora = Field(default_factory=dict, alias="CORPORA")
     evaluation: EvaluationConfig | None = Field(default=None, alias="EVALUATION")
+    tracking: TrackingConfig | None = Field(default=None, alias="TRACKING")
+    push_to_hub: Annotated[str | None, BeforeValidator(Nullable(hub_repository, unset=True))] = Field(
+        default=None, alias="PUSH_TO_HUB"
+    )
     num_processes: OptionalCount = Field(default=None, alias="NUM_PROCESSES")
     trust_remote_code: Flag = Field(default=False, alias="TRUST_REMOTE_CODE")
 

@@ -71,6 +71,11 @@ class AlgorithmParameters(Parameters):
         return False
 
     @property
+    def tracks(self) -> bool:
+        """Whether a key of the algorithm's own asks for tracking; TRACKING at the top of the recipe comes before it."""
+        return False
+
+    @property
     def runs_alone(self) -> bool:
         """Whether no stage can be shared, so that several devices start no further processes."""
         return False

@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from algorithms.base import Process
+from jobs.reporting.library_bars import library_bars_off
 
 FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 DATE_FORMAT = "%m/%d/%Y %H-%M-%S"
+EVERY_STEP = 200  # steps; a display with more of them is no display of blocks
+_LONGEST_SILENCE = 60.0  # seconds
 _FILE_ONLY = {"file_only": True}
 _PROGRESS = logging.getLogger("jobs.progress")
 _QUIET = (
@@ -31,14 +37,15 @@ _QUIET = (
     "huggingface_hub",
     "numba",
     "matplotlib",
+    "wandb",
 )
 
 
 class Terminal:
     """The user's terminal: log lines and progress on the error stream, results on the output stream.
 
-    On a terminal, progress is a bar with the time left and tables are drawn; otherwise every step is one plain line. With
-    ``quiet``, the error stream has warnings and errors alone.
+    On a terminal, progress is a bar with the time left and tables are drawn; otherwise it is plain lines. With ``quiet``, the
+    error stream has warnings and errors alone.
     """
 
     def __init__(self, *, messages: Console | None = None, results: Console | None = None, quiet: bool = False) -> None:
@@ -70,11 +77,10 @@ class Terminal:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _TimeLeft(steps),
             TextColumn("{task.fields[note]}"),
         )
-        with RichProgress(*columns, console=self.messages, transient=True) as bar:
+        with library_bars_off(), RichProgress(*columns, console=self.messages, transient=True) as bar:
             task = bar.add_task(description, total=total, note="")
 
             def step(note: str) -> None:
@@ -86,24 +92,63 @@ class Terminal:
 
 
 class _Steps:
-    """One line a step, with the time left as the mean of the steps so far foretells it."""
+    """Lines with the time left, as the steps so far foretell it.
 
-    def __init__(self, description: str, total: int) -> None:
-        self.description, self.total, self.done, self.started = description, total, 0, time.monotonic()
+    Up to ``EVERY_STEP`` steps each have a line: they may be blocks. More have a line for each hundredth of them, and one after
+    a minute of silence.
+    """
+
+    def __init__(self, description: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.description, self.total, self.done, self._clock = description, total, 0, clock
+        self._started = self._last_step = self._last_line = clock()
+        self._newest: deque[float] = deque(maxlen=3)  # seconds of a step
 
     def __call__(self, note: str) -> None:
-        self.done += 1
-        elapsed = time.monotonic() - self.started
-        left = elapsed / self.done * max(self.total - self.done, 0)
-        message = f"{self.description} {self.done}/{self.total}" + (f": {note}" if note else "")
-        _PROGRESS.info("%s (%s so far, about %s left)", message, duration(elapsed), duration(left))
+        now, self.done = self._clock(), self.done + 1
+        self._newest.append(now - self._last_step)
+        self._last_step = now
+        if self._is_said(now):
+            self._last_line = now
+            message = f"{self.description} {self.done}/{self.total}" + (f": {note}" if note else "")
+            _PROGRESS.info("%s (%s so far, about %s left)", message, duration(now - self._started), duration(self.left()))
+
+    def left(self) -> float:
+        """Seconds until the last step is done, counted down since the newest one.
+
+        A step takes the mean of all so far, which knows of evaluations between them; or what the newest take, where that is
+        more: those that a resumed stage finds done take no time.
+        """
+        if not self.done:
+            return 0.0
+        each = max((self._last_step - self._started) / self.done, median(self._newest))
+        return max(each * (self.total - self.done) - (self._clock() - self._last_step), 0.0)
+
+    def _is_said(self, now: float) -> bool:
+        if self.total <= EVERY_STEP or self.done in (1, self.total):
+            return True
+        reached = self.done * 100 // self.total > (self.done - 1) * 100 // self.total
+        return reached or now - self._last_line >= _LONGEST_SILENCE
+
+
+class _TimeLeft(ProgressColumn):
+    """The time left by the account of the steps: rich's own forgets a step that took more than half a minute."""
+
+    def __init__(self, steps: _Steps) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def render(self, task: Task) -> Text:
+        """What the column shows."""
+        left = f"about {duration(self._steps.left())} left" if self._steps.done else ""
+        return Text(left, style="progress.remaining")
 
 
 @contextmanager
 def logging_to(directory: Path, process: Process, terminal: Terminal) -> Iterator[Path]:
     """Send every record to ``<directory>/log.log`` and, from rank 0, to the console; undone on leaving.
 
-    Other ranks write ``rank_<n>.log`` and stay off the console. Yields the path of the file.
+    Other ranks write ``rank_<n>.log`` and stay off the console. Libraries draw their bars only where a person watches. Yields
+    the path of the file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ("log.log" if process.is_main else f"rank_{process.rank}.log")
@@ -121,8 +166,10 @@ def logging_to(directory: Path, process: Process, terminal: Terminal) -> Iterato
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    is_watched = process.is_main and terminal.interactive and not terminal.quiet
     try:
-        yield path
+        with nullcontext() if is_watched else library_bars_off():
+            yield path
     finally:
         logging.captureWarnings(False)
         root.setLevel(level)

@@ -103,8 +103,8 @@ class Lineage:
 class Manifest:
     """All of manifest.json. A value: every change makes a new one.
 
-    ``lineage`` is None for a model that no job has made. ``certificate``, ``evaluation`` and ``bits`` hold, under ``key``, the
-    result that they speak of.
+    ``lineage`` is None for a model that no job has made, ``uploaded`` for a result that none has uploaded. ``certificate``,
+    ``evaluation`` and ``bits`` hold, under ``key``, the result that they speak of.
     """
 
     job: str = ""
@@ -120,6 +120,7 @@ class Manifest:
     certificate: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     bits: Mapping[str, Any] | None = None
+    uploaded: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
 
 

@@ -21,7 +21,7 @@ from jobs.workspace import Workspace, check_name, inside
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-SIDE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
+SIDE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")  # whose licence the result carries on
 NOT_WANTED = ("*/*", "consolidated*", "*.gguf")  # folders of other formats and a vendor's own copy of the weights
 DIGEST_LENGTH = 12
 

@@ -13,14 +13,14 @@ import yaml
 
 from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json, atomic_write_text
-from configs.errors import CertificateError, DataError, RankLostError
+from configs.errors import CertificateError, DataError, RankLostError, UploadError
 from configs.loader import LoadedRecipe
 from jobs.earlier_jobs import lineage
 from jobs.evaluation import Questions, Sources, Subject, load_questions, placed
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.conclusion import Outcome, conclude, measure
 from jobs.execution.interruption import JobInterrupted, interruptible
-from jobs.execution.preparation import Materials, describe_data, gather, recipe_digest, versions
+from jobs.execution.preparation import Materials, describe_data, gather, push_command, recipe_digest, versions
 from jobs.execution.stage import Job, run_stage
 from jobs.logs import log_failure, logging_to
 from jobs.manifest import ManifestFile, RunRecord, Status, read_manifest
@@ -30,6 +30,8 @@ from jobs.processes.crew import Crew
 from jobs.processes.environment import note_on_processes
 from jobs.reporting.plan_text import JobPlan, describe_job
 from jobs.reporting.summary import Summary, as_tables, as_text
+from jobs.reporting.tracking import check_tracking, tracking
+from jobs.results.hub import plan_upload, send, send_if_asked
 from jobs.results.publishing import check_target
 from jobs.results.stored_model import StoredModel, load_stored
 from jobs.scoring.figures import Figures, describe, describe_task
@@ -63,6 +65,7 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: C
         RankLostError: one of several processes is gone.
         RankFailedError: one of several processes met an error of its own.
         CertificateError: an exported format is read differently by its client; everything else was written.
+        UploadError: PUSH_TO_HUB asks for an upload, which failed; the result is complete.
         JobInterrupted: SIGTERM or Ctrl-C; a ``KeyboardInterrupt`` whose message says how to resume.
     """
     parts = parts or Collaborators()
@@ -77,6 +80,8 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: C
         outcome = _execute(materials, job, plan, questions)
         summary = conclude(outcome)
         parts.terminal.show(as_tables(summary), as_text(summary))
+        command = push_command(loaded)
+        send_if_asked(loaded.recipe.push_to_hub, job.workspace, job.manifest, parts.open_hub, command)
         return JobResult(job_dir=job.workspace.job_dir, plan=plan, summary=summary, figures=summary.figures)
 
 
@@ -123,6 +128,26 @@ def _subject(stored: StoredModel, job: Job, questions: Questions) -> Subject:
     return Subject(key=stored.digest, label=label, open=lambda: placed(stored.open(), job.device, questions.settings))
 
 
+def push_result(loaded: LoadedRecipe, *, is_dry_run: bool = False, parts: Collaborators | None = None) -> tuple[str, ...]:
+    """Upload what a job has left to the recipe's PUSH_TO_HUB, or only say what would be sent.
+
+    Returns:
+        The lines that list it.
+
+    Raises:
+        DataError: the recipe names no repository, or there is no result that may be uploaded.
+        UploadError: the hub cannot be reached, or does not accept it.
+    """
+    parts = parts or Collaborators()
+    workspace = open_workspace(loaded.recipe)
+    upload = plan_upload(loaded.recipe.push_to_hub, workspace, read_manifest(workspace.manifest_path))
+    parts.terminal.show("\n".join(upload.lines()), "\n".join(upload.lines()))
+    if not is_dry_run:
+        with logging_to(workspace.logs_dir, Crew().process, parts.terminal), parts.lock(workspace), interruptible():
+            send(upload, ManifestFile(workspace.manifest_path), parts.open_hub, push_command(loaded))
+    return tuple(upload.lines())
+
+
 def _execute(materials: Materials, job: Job, plan: Plan, questions: Questions | None) -> Outcome:
     """The loop over the stages."""
     source = job.source
@@ -151,11 +176,17 @@ def _execute(materials: Materials, job: Job, plan: Plan, questions: Questions | 
 def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[tuple[Materials, Job]]:
     """Device, folders, log, lock and manifest of a job; all given back on leaving, the manifest told how it ended."""
     recipe = loaded.recipe
+    check_tracking(loaded)
     notes = (note_on_processes(recipe), this_process.apply_visible_devices(recipe.cuda_id))
     workspace = open_workspace(recipe)
     check_target(workspace.job_dir, read_manifest(workspace.manifest_path).published)
     workspace.create()
-    with logging_to(workspace.logs_dir, crew.process, parts.terminal), parts.lock(workspace), interruptible():
+    with (
+        logging_to(workspace.logs_dir, crew.process, parts.terminal),
+        parts.lock(workspace),
+        interruptible(),
+        tracking(loaded, workspace) as track,
+    ):
         for warning in (*loaded.warnings, *(note for note in notes if note)):
             logger.warning("%s", warning)
         manifest = ManifestFile(workspace.manifest_path)
@@ -172,6 +203,7 @@ def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[
             device=this_process.choose_device(crew.process),
             run_id=materials.run.id,
             data=describe_data(recipe),
+            track=track,
         )
         yield materials, job
 
@@ -202,7 +234,8 @@ class _Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         status = Status.FINISHED
-        if kind is not None and not issubclass(kind, CertificateError):  # a verdict is an end, not a stop on the way
+        # A verdict is an end, not a stop on the way, and so is an upload that fails.
+        if kind is not None and not issubclass(kind, CertificateError | UploadError):
             stopped = issubclass(kind, KeyboardInterrupt | RankLostError)
             status = Status.INTERRUPTED if stopped else Status.FAILED
         self._job.manifest.close_run(status)

@@ -26,6 +26,8 @@ _ENVELOPE = {
     "EXPORT": "formats to write; the first stands in the job folder, the others in exports/FORMAT",
     "CORPORA": "local files for texts by name, for example {wikitext2: {train: a.txt, test: b.txt}}",
     "EVALUATION": "what is measured at the end",
+    "TRACKING": "figures in wandb, beside metrics.jsonl",
+    "PUSH_TO_HUB": "org/name: where a result that has passed its certificate is uploaded to",
     "NUM_PROCESSES": "how many processes, if not as many as devices",
     "TRUST_REMOTE_CODE": "true lets a model folder run its own code",
 }
@@ -43,8 +45,16 @@ _EVALUATION = {
     "kl_divergence": "also the KL divergence to the uncompressed model, and how often both have the same first choice",
 }
 
+_TRACKING = {
+    "wandb": "true or false; null leaves it to the algorithm's own wandb keys",
+    "project": "the project; WANDB_PROJECT, or else bitpress, by default",
+    "entity": "the user or team; WANDB_ENTITY, or else your own, by default",
+    "name": "the run's name; WANDB_NAME, or else JOB_ID, by default",
+}
+
 # Name of the class, key -> what it means.
 DESCRIPTIONS: Mapping[tuple[str, str], str] = {
     **{("Recipe", key): meaning for key, meaning in _ENVELOPE.items()},
     **{("EvaluationConfig", key): meaning for key, meaning in _EVALUATION.items()},
+    **{("TrackingConfig", key): meaning for key, meaning in _TRACKING.items()},
 }

@@ -16,11 +16,13 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from configs.names import (
+    REPOSITORY_PATTERN,
     TOKEN_PATTERN,
     custom_model,
     dataset_reference,
     devices,
     folder_name,
+    hub_repository,
     model_name,
     service_name,
     token,
@@ -114,6 +116,7 @@ _FUNCTIONS: Mapping[Reader, Schema] = {
     folder_name: any_of({"type": ["string", "integer"], "pattern": r"^[^/\\]*[^/\\\s][^/\\]*$"}, REFERENCE),
     token: {"type": ["string", "integer"], "pattern": rf"^({TOKEN_PATTERN.pattern})$"},
     service_name: any_of({"type": "string", "pattern": "^([Kk][Oo][Mm][Pp][Rr][Ee][Ss][Ss]|[Aa][Dd][Aa][Pp][Tt])$"}, REFERENCE),
+    hub_repository: any_of({"type": "string", "pattern": rf"^\s*{REPOSITORY_PATTERN.pattern}\s*$"}, REFERENCE),
     model_name: TEXT,
     custom_model: {"type": "string", "pattern": r"\S"},
     dataset_reference: TEXT,

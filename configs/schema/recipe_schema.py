@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from configs.compatibility import IGNORED, REFUSED
+from configs.compatibility import IGNORED, REFUSED, SPELLINGS
 from configs.compatibility import UNSET as UNSET_VALUES
 from configs.recipe import Recipe
 from configs.schema.descriptions import DESCRIPTIONS
@@ -52,6 +52,7 @@ def recipe_schema(algorithms: Sequence[AlgorithmBlock], planned: Sequence[str] =
     properties[BLOCK] = _any_parameters([*names, *planned])
     properties |= {key: {"description": f"No effect: {reason}"} for key, reason in IGNORED.items()}
     properties |= {key: {"description": reason, "enum": list(UNSET_VALUES)} for key, reason in REFUSED.items()}
+    properties |= {spelling: properties[key] for spelling, key in SPELLINGS.items()}
     chosen = [_parameters_of(algorithm, blocks) for algorithm in algorithms]
     return {
         "$schema": DRAFT,

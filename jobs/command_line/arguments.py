@@ -39,6 +39,7 @@ class Arguments:
     tasks: str | None = None
     results: Path | None = None
     cache_dir: Path | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,11 @@ def _schema_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write it there and not to the terminal")
 
 
+def _push_options(parser: argparse.ArgumentParser) -> None:
+    _quiet(parser)
+    parser.add_argument("--dry-run", action="store_true", help="list what would be sent, with sizes, and send nothing")
+
+
 DEFAULT = "run"
 _MODELS = ("base_model", "quantized_model", "pruned_model")
 COMMANDS: Mapping[str, Command] = {
@@ -111,6 +117,7 @@ COMMANDS: Mapping[str, Command] = {
         add_options=_evaluate_options,
         in_place_of_recipe=_MODELS,
     ),
+    "push": Command(summary="upload the recipe's result to its PUSH_TO_HUB", add_options=_push_options),
     "ls": Command(
         summary="list the algorithms, and the jobs below a user folder", add_options=_ls_options, takes_recipes=False
     ),

@@ -29,6 +29,7 @@ def perform(arguments: Arguments) -> None:
         MissingEnvironmentError: something that this machine lacks.
         MemoryShortageError: a job did not fit into memory.
         CertificateError: a written format is not what its client reads.
+        UploadError: a result did not reach the hub.
         RankLostError: one of the processes that share a job is gone.
         RankFailedError: one of them met an error of its own.
     """
@@ -145,6 +146,12 @@ def _evaluate_models(arguments: Arguments) -> None:
     evaluate_models(request, parts=_parts(arguments))
 
 
+def _push(loaded: LoadedRecipe, arguments: Arguments) -> None:
+    from jobs.runner import push_result
+
+    push_result(loaded, is_dry_run=arguments.dry_run, parts=_parts(arguments))
+
+
 def _validate(loaded: LoadedRecipe, arguments: Arguments) -> None:
     recipe = loaded.recipe
     lines = [f"{loaded.file}: valid; {recipe.algorithm} on {recipe.model}, job folder {recipe.job_folder}"]
@@ -155,6 +162,7 @@ _ACTIONS: Mapping[str, Callable[[LoadedRecipe, Arguments], None]] = {
     "run": _run,
     "plan": _plan,
     "evaluate": _evaluate,
+    "push": _push,
     "validate": _validate,
 }
 

@@ -13,10 +13,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 
 from jobs.command_line.requirements import Finding, check_requirements, installed_version
+from jobs.reporting.secrets import has_wandb_key
 
 OLDEST_PYTHON = (3, 11)
 SECONDS_FOR_THE_HUB = 3.0
@@ -178,13 +178,5 @@ def _tokens(environment: Mapping[str, str]) -> Lines:
     home = Path(environment.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     stored = Path(environment.get("HF_TOKEN_PATH") or home / "token").expanduser()
     hub = any(environment.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or stored.is_file()
-    wandb = bool(environment.get("WANDB_API_KEY")) or _has_login("api.wandb.ai", environment)
+    wandb = has_wandb_key(environment)
     return [("hub", "yes" if hub else "no"), ("wandb", "yes" if wandb else "no")]
-
-
-def _has_login(host: str, environment: Mapping[str, str]) -> bool:
-    file = Path(environment.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        return host in netrc(file).hosts
-    except (OSError, NetrcParseError):
-        return False

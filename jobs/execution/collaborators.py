@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -101,4 +102,5 @@ class Collaborators:
     chunked_perplexity: Callable[[nn.Module, Tensor, int | None], chunked.ChunkedPerplexity] = chunked.chunked_perplexity
     compare: Callable[[nn.Module, nn.Module, Tensor, int], evaluation.Comparison] = evaluation.compare
     client_command: ClientCommand = client_command
+    open_hub: Callable[[], HfApi] = HfApi
     terminal: Terminal = field(default_factory=Terminal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
 from jobs.manifest import Publication, StageRecord, Status, now
 from jobs.planning import Plan, PlannedStage
+from jobs.reporting.card_header import origin_of
 from jobs.reporting.certificate import (
     NUM_WINDOWS,
     WINDOW_LENGTH,
@@ -29,6 +31,7 @@ from jobs.reporting.certificate import (
     certify,
 )
 from jobs.reporting.model_card import NAME, loading_notes, model_card
+from jobs.reporting.secrets import without_secrets
 from jobs.reporting.summary import BitAccount, Summary
 from jobs.results.artifacts import remove_folder
 from jobs.results.publishing import CONFIG, count_files, format_folder, is_published, publish, write_extra
@@ -309,8 +312,9 @@ def _write_card(outcome: Outcome, summary: Summary) -> None:
         recipe=job.workspace.recipe_path.read_text(encoding="utf-8"),
         tags=("compression", *dict.fromkeys(method.lower() for method in (*earlier, job.algorithm.name))),
         notes=(*loading_notes(config), *job.algorithm.serving_notes(job.workspace.job_dir)),
+        origin=origin_of(job.source.directory, summary.stages.values(), job.algorithm.relation),
     )
-    write_extra(job.workspace.job_dir / NAME, card, job.manifest, job.workspace.job_dir)
+    write_extra(job.workspace.job_dir / NAME, without_secrets(card, os.environ), job.manifest, job.workspace.job_dir)
 
 
 def _read_config(path: Path) -> Mapping[str, object]:

@@ -181,6 +181,11 @@ def resume_command(loaded: LoadedRecipe) -> str:
     return shlex.join(["python", "main.py", option, str(loaded.file), *kept])
 
 
+def push_command(loaded: LoadedRecipe) -> str:
+    """The command that uploads the recipe's result."""
+    return resume_command(loaded).replace("main.py", "main.py push", 1)
+
+
 def describe_data(recipe: Recipe) -> str:
     """The calibration text in one line."""
     name = str(recipe.data_path or recipe.dataset_name or "none")

@@ -54,12 +54,14 @@ class Job:
     device: torch.device
     run_id: str
     data: str
+    track: Callable[[Mapping[str, object]], None] = lambda line: None
 
     def metrics(self, values: Mapping[str, object]) -> None:
-        """Append one line to metrics.jsonl; figures that are not finite become their names."""
+        """Append one line to metrics.jsonl, where figures that are not finite become their names, and hand it to tracking."""
         line = {"time": now(), **values}
         with self.workspace.metrics_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({name: _jsonable(value) for name, value in line.items()}, ensure_ascii=False) + "\n")
+        self.track(line)
 
 
 def run_stage(job: Job, planned: PlannedStage, given: Artifact) -> Artifact:

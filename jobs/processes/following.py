@@ -14,9 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import datasets
 import torch.distributed as dist
-from transformers.utils import logging as transformers_logging
 
 from algorithms.base import StageContext, StageSpec
 from configs.errors import ExitCode, RankFailedError, RankLostError, exit_code
@@ -32,6 +30,7 @@ from jobs.processes.board import Board, Dismissed, Failure, Order, open_board
 from jobs.processes.connection import is_lost_connection
 from jobs.processes.group import opened_group
 from jobs.processes.pulse import beating, spans_nodes
+from jobs.reporting.library_bars import library_bars_off
 from jobs.workspace import open_workspace
 
 logger = logging.getLogger(__name__)
@@ -201,16 +200,9 @@ def _silent() -> Iterator[None]:
     """Keep warnings and progress bars of libraries off the console, which is rank 0's."""
     nowhere = logging.NullHandler()  # without any handler, logging writes warnings to the error stream
     logging.getLogger().addHandler(nowhere)
-    bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), library_bars_off():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.getLogger().removeHandler(nowhere)
-        if bars[0]:
-            transformers_logging.enable_progress_bar()
-        if not bars[1]:
-            datasets.enable_progress_bars()

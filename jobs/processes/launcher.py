@@ -21,7 +21,7 @@ from jobs.processes.environment import set_for_ranks
 HANDLED = "SIGTERM,SIGINT"  # not SIGHUP: a job under nohup goes on
 SECONDS_TO_END = 20  # for ranks that were asked to stop, before they are killed
 LOOPBACK = "127.0.0.1"
-USERS_CODES = (ExitCode.RECIPE, ExitCode.ENVIRONMENT, ExitCode.OUT_OF_MEMORY, ExitCode.CERTIFICATE)
+USERS_CODES = (ExitCode.RECIPE, ExitCode.ENVIRONMENT, ExitCode.OUT_OF_MEMORY, ExitCode.CERTIFICATE, ExitCode.UPLOAD)
 
 
 def start_ranks(count: int, command: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from jobs.reporting.card_header import Origin, card_header, results_of
 from jobs.reporting.certificate import Verdict
 from jobs.reporting.summary import FIGURE_COLUMNS, TASK_COLUMNS, Summary
 
@@ -46,14 +47,24 @@ _NOTES = {
         "run `modeling_ragged.py` of this folder, so read it first; it is short. Servers with their own models do not load it."
     ),
     "spqr": "transformers alone does not know this layout and would start from random weights.",
+    "qserve": "QServe and SGLang read this folder, on CUDA; transformers does not. Neither was run on it.",
+    "spqr-tiles": "The `spqr_quant` package reads these tensors, on CUDA in float16 alone; transformers 5 does not load them.",
     "tensorrt-llm": "The engines are for the kind of GPU and the release of TensorRT-LLM that built them, and for no others.",
 }
 # What runs a format that no Python library loads, in this folder; MODEL is the uncompressed model.
+# Formats that transformers cannot load; what does is in the notes.
+_FOR_OTHERS = ("qserve", "spqr-tiles")
 _COMMANDS = {"tensorrt-llm": "python run.py --max_output_len 1000 --tokenizer_dir MODEL --engine_dir ."}
 
 
 def model_card(
-    summary: Summary, *, formats: tuple[str, ...], recipe: str, tags: tuple[str, ...], notes: tuple[str, ...]
+    summary: Summary,
+    *,
+    formats: tuple[str, ...],
+    recipe: str,
+    tags: tuple[str, ...],
+    notes: tuple[str, ...],
+    origin: Origin | None = None,
 ) -> str:
     """The model card as Markdown with its YAML header.
 
@@ -63,16 +74,19 @@ def model_card(
         recipe: the resolved recipe, YAML.
         tags: words for the header.
         notes: what a user of the first format has to know, one sentence each.
+        origin: where the model comes from.
     """
     model = summary.model if summary.lineage is None else summary.lineage.model
     methods = (*(() if summary.lineage is None else summary.lineage.methods), summary.method)
     name = Path(model).name if Path(model).is_absolute() else model
-    header = {
-        **({"base_model": name} if name == model else {}),  # a path is no model that the hub could link to
-        "library_name": formats[0] if formats and formats[0] in _COMMANDS else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(tags),
-    }
+    header = card_header(
+        name=summary.output.name,
+        base=model,
+        first_format=next(iter(formats), None),
+        tags=tags,
+        origin=origin or Origin(),
+        results=results_of(summary.figures),
+    )
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
         f"# {name}, compressed with {', then '.join(methods)}",
@@ -137,6 +151,8 @@ def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -
         model = summary.model if summary.lineage is None else summary.lineage.folder
         command = _COMMANDS[formats[0]].replace("MODEL", shlex.quote(model))
         return "\n".join([*lines, "```bash", command, "```"])
+    if formats[0] in _FOR_OTHERS:
+        return "\n".join([*lines, *_others(formats, failed)]).rstrip()
     lines += [
         "```python",
         "import torch",
@@ -152,10 +168,13 @@ def _usage(summary: Summary, formats: tuple[str, ...], notes: tuple[str, ...]) -
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
         "```",
     ]
-    if len(formats) > 1:
-        lines += ["", "Further formats:", ""]
-        lines += [_further(name) for name in formats[1:] if name not in failed]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_others(formats, failed)])
+
+
+def _others(formats: tuple[str, ...], failed: set[str]) -> list[str]:
+    """The lines about the formats after the first."""
+    further = [_further(name) for name in formats[1:] if name not in failed]
+    return ["", "Further formats:", "", *further] if further else []
 
 
 def _further(name: str) -> str:

@@ -31,7 +31,7 @@ def test_a_job_runs_its_stages_once_and_leaves_the_documented_folder(tmp_path):
     assert names == written | {"config.json", "model.safetensors", "README.md"}
     assert {path.name for path in (job_dir(tmp_path) / "tmp").iterdir()} == {"calibration", "caliberation", "converted"}
     assert (job_dir(tmp_path) / "tmp" / "caliberation" / "2.json").is_file()
-    assert result.summary.figures.corpora[0].perplexity != result.summary.figures[0].base_perplexity
+    assert result.summary.figures.corpora[0].perplexity != result.summary.figures.corpora[0].base_perplexity
 
     run(tmp_path, envelope=EVALUATED)
     assert journal(tmp_path) == [], "everything is reused"

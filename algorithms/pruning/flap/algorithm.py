@@ -39,6 +39,7 @@ class FlapPruner(CompressionAlgorithm):
     name = "FlapPruner"
     formats = (PADDED, RAGGED)
     product = "pruned"
+    relation = "finetune"  # the hub has no word for pruned
 
     def __init__(self, config: FlapConfig, exports: Sequence[str] = ()) -> None:
         super().__init__(config, exports)

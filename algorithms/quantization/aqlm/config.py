@@ -18,7 +18,6 @@ from algorithms.quantization.aqlm.keys import (
     HALF_CODEBOOKS,
     NO_CODE,
     NO_PICKLE,
-    NO_WANDB,
     ONE_GROUP,
     ONE_SETTING,
     ROW_SCALES,
@@ -102,6 +101,7 @@ class CalibrationConfig(Parameters):
     skip_out_loss: Flag = False
     print_frequency: Count = 10
     no_quant: Flag = False
+    wandb: Flag = False  # tracks the whole job
     attn_implementation: Attention = None
 
     # accepted without effect
@@ -116,7 +116,6 @@ class CalibrationConfig(Parameters):
     load: Annotated[None, BeforeValidator(Only(None, "null: a job resumes by itself from what its folder holds"))] = None
     on_save: Annotated[None, BeforeValidator(Only(None, NO_CODE))] = None
     use_faiss: Annotated[bool, BeforeValidator(Only(False, "false: k-means runs in torch"))] = False
-    wandb: Annotated[bool, BeforeValidator(Only(False, NO_WANDB))] = False
 
     inert: ClassVar[Mapping[str, Inert]] = {
         "lr": Inert(1e-4, "codebooks are solved exactly, without a learning rate (block tuning has finetune_lr)"),
@@ -188,6 +187,11 @@ class AqlmConfig(AlgorithmParameters):
     def evaluate_only(self) -> bool:
         """Whether the recipe asks for figures of the uncompressed model and nothing else."""
         return self.calibration_config.no_quant
+
+    @property
+    def tracks(self) -> bool:
+        """Whether one of the stages asks for wandb."""
+        return self.calibration_config.wandb or (self.finetune_config is not None and self.finetune_config.wandb)
 
     def warnings(self, prefix: str = "") -> tuple[str, ...]:
         """The lines of the keys without effect."""

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from algorithms.quantization.aqlm.keys import CODE_DTYPES, FAST_TOKENIZER, NO_PICKLE, NO_WANDB, SET_BY_JOB, SHARE, TRUST
+from algorithms.quantization.aqlm.keys import CODE_DTYPES, FAST_TOKENIZER, NO_PICKLE, SET_BY_JOB, SHARE, TRUST
 from configs.strict import Inert, Parameters
 from configs.values import (
     Attention,
@@ -43,6 +43,7 @@ OptionalFlag = Annotated[bool | None, BeforeValidator(Nullable(flag))]
 NOT_SHAPING = {
     "eval_datasets", "save_every_steps", "print_every_steps", "microbatch_size", "gradient_checkpointing", "minimize_sync",
     "use_fsdp_amp", "wrap_separately", "code_dtype", "verbose_optimizer", "sequence_length", "num_samples", "skip_grouping",
+    "wandb",
 }  # fmt: skip
 
 
@@ -111,6 +112,7 @@ class FinetuneConfig(Parameters):
     minimize_sync: Flag = False
     use_fsdp_amp: Flag = False
     verbose_optimizer: Flag = True
+    wandb: Flag = False  # tracks the whole job
 
     # accepted without effect
     base_model: OptionalText = None
@@ -130,7 +132,6 @@ class FinetuneConfig(Parameters):
 
     # refused unless they ask for nothing
     monkeypatch_old_pickle: Annotated[bool, BeforeValidator(Only(False, NO_PICKLE))] = False
-    wandb: Annotated[bool, BeforeValidator(Only(False, NO_WANDB))] = False
 
     inert: ClassVar[Mapping[str, Inert]] = {
         "base_model": SET_BY_JOB,

@@ -15,7 +15,6 @@ ONE_GROUP = "1: it takes effect below 16 bits a codebook value, which no client 
 ONE_SETTING = "false: the AQLM format has one num_codebooks for the whole model"
 USE_CUDA_ID = "null: the devices of a job are CUDA_ID at the top of the recipe"
 NO_PICKLE = "false: pickled modules are never read; models and tensors are safetensors"
-NO_WANDB = "false: the job writes its figures to metrics.jsonl"
 NO_CODE = "null: code from a recipe is never run"
 
 TRUST = Inert(False, "only TRUST_REMOTE_CODE at the top of the recipe counts")

@@ -29,7 +29,6 @@ from configs.values import (
 PLAIN = 16  # wbits that stand for no quantization
 STATISTIC_BITS = Nullable(Whole(1, 8))
 NO_FOLDERS = "null: a job keeps its own results and resumes from them"
-NO_WANDB = "false: the job writes its figures to metrics.jsonl"
 NO_EFFECT = "SpQR's own program never reads it"
 
 
@@ -91,6 +90,8 @@ class SpqrConfig(BlockwiseParameters):
     refinements: NumberOrZero = 1  # passes of coordinate descent after the sweep
     nearest: Flag = False
 
+    wandb: Flag = False  # tracks the job
+
     # accepted without effect
     skip_out_loss: Flag = False
     new_eval: Flag = False
@@ -107,7 +108,6 @@ class SpqrConfig(BlockwiseParameters):
     # refused unless they ask for nothing
     load: Annotated[None, BeforeValidator(Only(None, NO_FOLDERS))] = None
     save: Annotated[None, BeforeValidator(Only(None, NO_FOLDERS))] = None
-    wandb: Annotated[bool, BeforeValidator(Only(False, NO_WANDB))] = False
 
     inert: ClassVar[Mapping[str, Inert]] = {
         "skip_out_loss": Inert(False, "with targets: original a block's error costs nothing, otherwise none is measured"),
@@ -171,6 +171,16 @@ class SpqrConfig(BlockwiseParameters):
         if self.max_outlier_share is not None and self.outlier_threshold is None and self.target_bits is None:
             lines.append(f"{prefix}max_outlier_share has no effect: outlier_threshold: null makes no outliers")
         return tuple(lines)
+
+    @property
+    def shaping(self) -> Mapping[str, object]:
+        """Every value that shapes a calibration, apart from the text."""
+        return {name: value for name, value in super().shaping.items() if name != "wandb"}
+
+    @property
+    def tracks(self) -> bool:
+        """Whether SpQR's own key asks for wandb."""
+        return self.wandb
 
     @property
     def evaluate_only(self) -> bool:

@@ -66,7 +66,7 @@ def test_a_command_in_the_wrong_place_is_told_where_it_belongs(argv, said, capsy
     assert caught.value.code == 2
     message = " ".join(capsys.readouterr().err.split())
     assert said in message
-    assert "the command comes first, before --yaml_path. The commands are run, plan, validate, evaluate, ls" in message
+    assert f"the command comes first, before --yaml_path. The commands are {', '.join(COMMANDS)}." in message
 
 
 def test_a_recipe_that_is_called_like_a_command_is_a_recipe(tmp_path, monkeypatch):

@@ -120,7 +120,6 @@ def test_defaults_where_the_example_differs_from_them():
         ("load", "x.pth", "resumes by itself"),
         ("on_save", "import os", "never run"),
         ("use_faiss", True, "torch"),
-        ("wandb", True, "metrics.jsonl"),
         ("nbits_per_codebook", 17, "from 1 to 16"),
         ("nbits_per_codebook", 0, "from 1 to 16"),
         ("val_size", 2048, "fewer validation samples"),

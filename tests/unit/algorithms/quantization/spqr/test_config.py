@@ -68,7 +68,6 @@ def test_the_defaults_are_the_recipe_s_but_for_the_damping_and_the_threshold():
         ({"refinements": -1}, "refinements", "at least 0"),
         ({"load": "folder"}, "load", "resumes"),
         ({"save": "folder"}, "save", "a job keeps its own results"),
-        ({"wandb": True}, "wandb", "metrics.jsonl"),
         ({"perchannel": False, "outlier_threshold": 0.2, **PLAIN}, "outlier_threshold", "simplified_outliers: true"),
         ({"groupsize": -1, "wbits": 4, "target_bits": 3.9}, "target_bits", "at least 4"),
         ({"perchannel": False, "outlier_threshold": None, **PLAIN, "qq_scale_bits": 3}, "qq_scale_bits", "share one statistic"),
