@@ -104,7 +104,8 @@ class Manifest:
     """All of manifest.json. A value: every change makes a new one.
 
     ``lineage`` is None for a model that no job has made, ``uploaded`` for a result that none has uploaded. ``certificate``,
-    ``evaluation`` and ``bits`` hold, under ``key``, the result that they speak of.
+    ``evaluation`` and ``bits`` hold, under ``key``, the result that they speak of. ``sizes`` are bytes of weights: ``before``
+    and, by format, ``after``.
     """
 
     job: str = ""
@@ -120,6 +121,7 @@ class Manifest:
     certificate: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     bits: Mapping[str, Any] | None = None
+    sizes: Mapping[str, Any] | None = None
     uploaded: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
 

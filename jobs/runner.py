@@ -168,7 +168,7 @@ def _execute(materials: Materials, job: Job, plan: Plan, questions: Questions | 
         artifact=artifact,
         given=given,
         questions=questions,
-        keep_intermediate=materials.loaded.parameters.save_intermediate_results,
+        loaded=materials.loaded,
     )
 
 

@@ -72,6 +72,11 @@ class Workspace:
         return self.job_dir / "certificate.json"
 
     @property
+    def report_path(self) -> Path:
+        """What the job came to, on one page."""
+        return self.job_dir / "report.html"
+
+    @property
     def evaluation_dir(self) -> Path:
         """Results of tasks: ``base``, or what the job makes, then the task."""
         return self.job_dir / "evaluation"

@@ -33,6 +33,7 @@ class Arguments:
     directory: Path | None = None
     user_folder: Path = Path("user_data")
     output: Path | None = None
+    jobs: Sequence[str] = ()
     base_model: str | None = None
     quantized_model: str | None = None
     pruned_model: str | None = None
@@ -97,6 +98,12 @@ def _ls_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("user_folder", nargs="?", type=Path, default=Path("user_data"))
 
 
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", nargs="+", metavar="JOB", help="a job's folder, or its JOB_ID below --user_folder")
+    parser.add_argument("--user_folder", type=Path, default=Path("user_data"), metavar="FOLDER", help="(user_data)")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), metavar="FILE", help="(comparison.html)")
+
+
 def _schema_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write it there and not to the terminal")
 
@@ -118,6 +125,11 @@ COMMANDS: Mapping[str, Command] = {
         in_place_of_recipe=_MODELS,
     ),
     "push": Command(summary="upload the recipe's result to its PUSH_TO_HUB", add_options=_push_options),
+    "compare": Command(
+        summary="put the results of jobs side by side, in a table and by size and quality",
+        add_options=_compare_options,
+        takes_recipes=False,
+    ),
     "ls": Command(
         summary="list the algorithms, and the jobs below a user folder", add_options=_ls_options, takes_recipes=False
     ),

@@ -174,6 +174,21 @@ def _list(arguments: Arguments) -> None:
     _say(["algorithms", *algorithms, "", f"jobs below {arguments.user_folder}", *listed])
 
 
+def _compare(arguments: Arguments) -> None:
+    from jobs.logs import Terminal
+    from jobs.reporting.comparison import as_tables, as_text, find_job, read_entries
+    from jobs.reporting.html.compare import comparison
+
+    entries = read_entries([find_job(name, arguments.user_folder) for name in arguments.jobs])
+    assert arguments.output is not None, "it has a default"
+    try:
+        arguments.output.write_text(comparison(entries), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
+    Terminal().show(as_tables(entries), as_text(entries))
+    _say(["", f"page: {arguments.output}"])
+
+
 def _schema(arguments: Arguments) -> None:
     from jobs.command_line.editor_schema import current_schema
 
@@ -197,7 +212,12 @@ def _doctor(arguments: Arguments) -> None:
         raise MissingEnvironmentError(f"This machine lacks:\n{what}\nTo get it: pip install -r requirements.txt")
 
 
-_ALONE: Mapping[str, Callable[[Arguments], None]] = {"ls": _list, "doctor": _doctor, "schema": _schema}
+_ALONE: Mapping[str, Callable[[Arguments], None]] = {
+    "compare": _compare,
+    "ls": _list,
+    "doctor": _doctor,
+    "schema": _schema,
+}
 
 
 def _job_lines(job: JobEntry) -> list[str]:

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from algorithms.base import Artifact
-from algorithms.modeling.files import atomic_write_json
+from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from algorithms.modeling.on_demand import place
 from configs.errors import CertificateError, DataError
+from configs.loader import LoadedRecipe
 from jobs.evaluation import BASE, Examiner, Memory, Questions, Subject, placed
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
@@ -30,6 +31,7 @@ from jobs.reporting.certificate import (
     certificate_windows,
     certify,
 )
+from jobs.reporting.html.report import Account, report
 from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.secrets import without_secrets
 from jobs.reporting.summary import BitAccount, Summary
@@ -52,7 +54,12 @@ class Outcome:
     artifact: Artifact
     given: Artifact | None
     questions: Questions | None
-    keep_intermediate: bool
+    loaded: LoadedRecipe
+
+    @property
+    def keep_intermediate(self) -> bool:
+        """Whether ``tmp/`` stays."""
+        return self.loaded.parameters.save_intermediate_results
 
     @property
     def is_fresh(self) -> bool:
@@ -112,6 +119,7 @@ def conclude(outcome: Outcome) -> Summary:
     summary = _summary(outcome, figures, certificates)
     if outcome.formats and figures:
         _write_card(outcome, summary)
+    _write_report(outcome, summary)
     if failed:
         job.manifest.close_run(Status.CERTIFICATE_FAILED)
         raise CertificateError(_failure(job, failed))
@@ -267,13 +275,15 @@ def _summary(outcome: Outcome, figures: Figures, certificates: tuple[FormatCerti
     names = [stage.spec.name for stage in outcome.plan.stages]
     sizes = {name: _published_size(outcome, format_folder(name, outcome.formats)) for name in outcome.formats}
     stages = {name: manifest.stages[name] for name in names if _counts(outcome, name)}
+    before = sum((source.directory / name).stat().st_size for name in set(source.weight_files.values()))
+    job.manifest.update(sizes={"before": before, "after": dict(sizes)})
     return Summary(
         model=source.name,
         lineage=manifest.lineage,
         method=job.algorithm.name,
         output=job.workspace.job_dir if outcome.formats else outcome.artifact.directory,
         bits=BitAccount.of(_bits(outcome), source.num_parameters),
-        size_before=sum((source.directory / name).stat().st_size for name in set(source.weight_files.values())),
+        size_before=before,
         size_after=sizes.pop(outcome.formats[0]) if outcome.formats else None,
         further_sizes=sizes,
         figures=figures,
@@ -315,6 +325,19 @@ def _write_card(outcome: Outcome, summary: Summary) -> None:
         origin=origin_of(job.source.directory, summary.stages.values(), job.algorithm.relation),
     )
     write_extra(job.workspace.job_dir / NAME, without_secrets(card, os.environ), job.manifest, job.workspace.job_dir)
+
+
+def _write_report(outcome: Outcome, summary: Summary) -> None:
+    """The report is for people: whatever goes wrong with it is said, and costs nothing else."""
+    job = outcome.job
+    account = Account(summary=summary, manifest=job.manifest.current, metrics=job.workspace.metrics_path, loaded=outcome.loaded)
+    try:
+        text = without_secrets(report(account), os.environ)
+        atomic_write_text(job.workspace.report_path, text)
+    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("The report could not be written: %s: %s", type(error).__name__, error)
+        return
+    logger.info("Report: %s", job.workspace.report_path)
 
 
 def _read_config(path: Path) -> Mapping[str, object]:

@@ -36,10 +36,15 @@ class BitAccount:
         return sum(self.components.values()) / self.parameters
 
     @property
+    def total(self) -> float:
+        """All bits that are stored, those of what is not compressed included."""
+        rest = max(self.model_parameters - self.parameters, 0)
+        return sum(self.components.values()) + 16 * rest + self.added
+
+    @property
     def per_model_parameter(self) -> float:
         """Bits of one parameter of the whole model."""
-        rest = max(self.model_parameters - self.parameters, 0)
-        return (sum(self.components.values()) + 16 * rest + self.added) / self.model_parameters
+        return self.total / self.model_parameters
 
     @property
     def parts(self) -> dict[str, float]:
@@ -150,7 +155,7 @@ class Summary:
 
 FIGURE_COLUMNS = ("text", "sequence length", "windows", "tokens", "perplexity", "KL (nats, 95 %)", "same first choice (95 %)")
 TASK_COLUMNS = ("task", "examples", "samples", "BOS", "metric", "value")
-_STAGES = ("stage", "", "time", "CPU", "peak memory")
+STAGE_COLUMNS = ("stage", "", "time", "CPU", "peak memory")
 
 
 def as_tables(summary: Summary) -> Group:
@@ -178,7 +183,7 @@ def as_text(summary: Summary) -> str:
 
 
 def _tables(summary: Summary) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    return [(FIGURE_COLUMNS, summary.figure_rows()), (TASK_COLUMNS, summary.task_rows()), (_STAGES, summary.stage_rows())]
+    return [(FIGURE_COLUMNS, summary.figure_rows()), (TASK_COLUMNS, summary.task_rows()), (STAGE_COLUMNS, summary.stage_rows())]
 
 
 def _between(interval: Interval | None, spec: str) -> str:
