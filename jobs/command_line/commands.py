@@ -79,11 +79,14 @@ def _run(loaded: LoadedRecipe, arguments: Arguments) -> None:
         run_job(loaded, parts=_parts(arguments), crew=crew)
 
 
-def _parts(arguments: Arguments) -> Collaborators:
+def _parts(arguments: Arguments) -> Collaborators | None:
+    """What the runner works with; None, its own choice, where the command line asks for nothing else."""
+    if not arguments.quiet:
+        return None
     from jobs.execution.collaborators import Collaborators
     from jobs.logs import Terminal
 
-    return Collaborators(terminal=Terminal(quiet=arguments.quiet))
+    return Collaborators(terminal=Terminal(quiet=True))
 
 
 def _is_json(loaded: LoadedRecipe, arguments: Arguments) -> bool:
@@ -118,11 +121,11 @@ def _leave(code: ExitCode) -> None:
 
 
 def _plan(loaded: LoadedRecipe, arguments: Arguments) -> None:
+    from jobs.logs import Terminal
     from jobs.runner import plan_job
 
-    parts = _parts(arguments)
-    plan = plan_job(loaded, parts=parts)
-    parts.terminal.show(plan.as_table(), plan.as_text())
+    plan = plan_job(loaded, parts=_parts(arguments))
+    Terminal(quiet=arguments.quiet).show(plan.as_table(), plan.as_text())
 
 
 def _evaluate(loaded: LoadedRecipe, arguments: Arguments) -> None:

@@ -206,3 +206,21 @@ def test_ls_lists_algorithms_and_jobs(tmp_path):
     assert "AQLM " in listing
     assert "Kompress/trial  AQLM  failed" in listing
     assert "calibration finished" in listing
+
+
+def test_quiet_reaches_the_job_and_the_ranks_that_share_it(recipe, monkeypatch):
+    import jobs.processes.launcher
+    import jobs.runner
+
+    parts, commands = [], []
+    monkeypatch.setattr(jobs.runner, "run_job", lambda loaded, *, parts, crew: given(parts))
+    monkeypatch.setattr(jobs.processes.launcher, "start_ranks", lambda count, command: commands.append(command))
+    given = parts.append
+    for words in ([], ["--quiet"]):
+        assert program.main([*words, "--yaml_path", recipe]) == ExitCode.DONE
+    monkeypatch.setattr(jobs.command_line.commands, "ranks_to_start", lambda recipe: 2)
+    for words in ([], ["--quiet"]):
+        assert program.main([*words, "--yaml_path", recipe]) == ExitCode.DONE
+    assert parts[0] is None
+    assert parts[1].terminal.quiet
+    assert ["--quiet" in command for command in commands] == [False, True]
