@@ -31,7 +31,7 @@ class RecipeFile:
 class Arguments:
     """What the command line asks for. ``directory`` is evaluate's, ``user_folder`` is ls's.
 
-    ``program`` is the file that was started, and that further processes of a job are started with.
+    ``probe`` is plan's. ``program`` is the file that was started, and that further processes of a job are started with.
     """
 
     command: str
@@ -40,6 +40,7 @@ class Arguments:
     directory: Path | None = None
     user_folder: Path = Path("user_data")
     program: Path = Path("main.py")
+    probe: bool = False
 
 
 class _AddFiles(argparse.Action):
@@ -85,6 +86,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         files=tuple(found.files),
         overrides=(*found.overrides, *found.more),
         directory=found.directory if command == "evaluate" else None,
+        probe=command == "plan" and found.probe,
     )
 
 
@@ -102,6 +104,8 @@ def _recipe_parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument(option, nargs="+", action=_AddFiles, const=as_json, metavar="FILE", help="recipes, in order")
     if command == "evaluate":
         parser.add_argument("--directory", type=Path, help="a Hugging Face folder, in place of the recipe's model")
+    if command == "plan":
+        parser.add_argument("--probe", action="store_true", help="measure what it costs, on the first blocks of the model")
     parser.add_argument(
         "more", nargs="*", metavar="KEY=VALUE", help="overrides, such as llm.AQLM.calibration_config.nsamples=256"
     )

@@ -103,7 +103,7 @@ def _plan(loaded: LoadedRecipe, arguments: Arguments) -> None:
     from jobs.logs import Terminal
     from jobs.runner import plan_job
 
-    plan = plan_job(loaded)
+    plan = plan_job(loaded, with_probe=arguments.probe)
     Terminal().show(plan.as_table(), plan.as_text())
 
 

@@ -72,8 +72,9 @@ class _Scratch:
         model = write_truncated(self.source, blocks, self.folder / f"blocks_{blocks}" / "model")
         recipe, out = model.with_name("recipe.yaml"), model.with_name("costs.json")
         user_folder = self.folder / "user"
-        values = {**self.loaded.resolved, **_OWN, "MODEL": str(model), "USER_FOLDER": str(user_folder), "CUDA_ID": self._devices()}
-        values |= {"CACHE_PATH": str(self.workspace.cache_dir), "JOB_ID": "probe"}
+        cache = self.workspace.cache_dir
+        own = {"JOB_ID": "probe", "MODEL": str(model), "USER_FOLDER": str(user_folder), "CACHE_PATH": str(cache)}
+        values = {**self.loaded.resolved, **_OWN, **own, "CUDA_ID": list(self.loaded.recipe.cuda_id[:1])}
         recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
         user_folder.mkdir(exist_ok=True)
         for name in ("datasets", "models"):
@@ -89,15 +90,12 @@ class _Scratch:
         found = json.loads(out.read_text(encoding="utf-8"))
         return {name: Measured(**cost) for name, cost in (found["stages"] | found["closing"]).items()}
 
-    def _devices(self) -> list[int]:
-        return list(self.loaded.recipe.cuda_id[:1])
-
 
 def probe(loaded: LoadedRecipe, source: ModelSource, workspace: Workspace, *, start: Start | None = None) -> Probed:
     """Measure what the job of a recipe costs on the first blocks of its model.
 
-    The folder it works in is below the cache folder and is removed. A recipe that so few blocks cannot satisfy is tried on more,
-    up to half of them.
+    The folder it works in is below the cache folder and is removed. A recipe that so few blocks cannot satisfy is tried on
+    more, up to half of them.
 
     Args:
         loaded: the recipe.
@@ -151,9 +149,10 @@ def _start(recipe: Path, out: Path, log: Path) -> tuple[int, str]:
         "PYTHONPATH": search,
     }
     command = [sys.executable, "-m", "jobs.estimation.probe_process", str(recipe), str(out), str(os.getpid())]
-    with log.open("w", encoding="utf-8") as stream, subprocess.Popen(
-        command, env=environment, stdout=stream, stderr=subprocess.STDOUT
-    ) as process:
+    with (
+        log.open("w", encoding="utf-8") as stream,
+        subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT) as process,
+    ):
         try:
             code = process.wait()
         finally:

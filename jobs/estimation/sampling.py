@@ -1,8 +1,8 @@
 """Runs a stage as it is, or, where it works in many equal steps, a few of them, and says what all would cost.
 
-A stage tells of its steps through ``StageContext.progress``. Displays of few steps are left alone. One of many steps is sampled:
-the stage is stopped in it and run again on a part of its text, short enough to come to its end. With T steps in all, s the
-median cost of a sampled step, S sequences in the whole text and S' in the part, the stage is expected to cost
+A stage tells of its steps through ``StageContext.progress``. Displays of few steps are left alone. One of many is sampled: the
+stage is stopped in it and run again on a part of its text, short enough to come to its end. With T steps in all, s the median
+cost of a sampled step, S sequences in the whole text and S' in the part, the stage is expected to cost
 
     T s + (what the run on the part took beyond its share T s S'/S of the steps)
 

@@ -16,6 +16,7 @@ from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json
 from configs.errors import CertificateError, DataError
 from jobs import evaluation
+from jobs.estimation.prediction import CERTIFICATE, EVALUATION
 from jobs.evaluation import CorpusFigures, Texts
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
@@ -30,7 +31,7 @@ from jobs.reporting.certificate import (
     certify,
 )
 from jobs.reporting.model_card import NAME, loading_notes, model_card
-from jobs.reporting.summary import BitAccount, Summary
+from jobs.reporting.summary import BitAccount, CostRow, Summary
 from jobs.results.artifacts import remove_folder
 from jobs.results.publishing import CONFIG, count_files, format_folder, is_published, publish, write_extra
 
@@ -145,6 +146,7 @@ def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
         "versions": dict(job.manifest.current.versions),
         "formats": [asdict(c) for c in certificates],
         "cost": asdict(meter.usage()),
+        "predicted": _predicted(job, CERTIFICATE),
     }
     atomic_write_json(job.workspace.certificate_path, record)
     job.manifest.update(certificate=record)
@@ -194,8 +196,14 @@ def _figures(outcome: Outcome, texts: Texts) -> tuple[CorpusFigures, ...]:
     if earlier is not None:
         return evaluation.from_records(earlier["figures"])
     measured = measure(job, texts, outcome.served())
-    job.manifest.update(evaluation={"key": key, **measured.record()})
+    job.manifest.update(evaluation={"key": key, **measured.record(), "predicted": _predicted(job, EVALUATION)})
     return measured.figures
+
+
+def _predicted(job: Job, name: str) -> dict[str, object] | None:
+    """What a closing line was expected to cost, as the manifest keeps it."""
+    prediction = job.predictions.get(name)
+    return None if prediction is None else asdict(prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +255,23 @@ def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates:
         figures=figures,
         certificates=certificates,
         stages=stages,
+        closing=_closing(outcome),
         ran=[stage.spec.name for stage in outcome.plan.runs],
         data={name: _data(record, outcome.plan[name]) for name, record in stages.items() if record.tokens_key is not None},
     )
+
+
+def _closing(outcome: Outcome) -> dict[str, CostRow]:
+    """What certificate and evaluation of this result cost, and whether that was in this run."""
+    manifest, digest = outcome.job.manifest.current, outcome.artifact.digest
+    keys = {CERTIFICATE: digest, EVALUATION: None if outcome.texts is None else outcome.texts.key(digest)}
+    entries = {CERTIFICATE: manifest.certificate, EVALUATION: manifest.evaluation}
+    assert manifest.run is not None, "there is one while it runs"
+    return {
+        name: CostRow.of(entry["cost"], entry.get("predicted"), ran=entry["time"] >= manifest.run.started)
+        for name, entry in entries.items()
+        if entry is not None and entry["key"] == keys[name]
+    }
 
 
 def _data(record: StageRecord, planned: PlannedStage) -> str:
