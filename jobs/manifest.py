@@ -38,8 +38,8 @@ class StageRecord:
     """One stage's line: what shaped it (key, settings, input, tokens), what it left, and what it cost.
 
     Times are UTC. ``user_cpu_s`` and ``wall_s`` add up over the attempts that a resumed stage took, as far as they are known;
-    ``peak_memory_bytes`` is the largest resident memory of this process while the stage ran. ``predicted`` is what all of it was
-    expected to cost before it started; None where nobody has asked, as in manifests from before there were predictions.
+    ``peak_memory_bytes`` is the largest resident memory of this process while the stage ran. ``predicted`` is what it was
+    expected to cost, before it started; None in manifests from before there were predictions.
     """
 
     key: str

@@ -19,6 +19,7 @@ from jobs.planning import PlannedStage
 
 _FLOAT, _HALF = 4, 2  # bytes of a stored value
 _MEASURED_SECONDS = 0.3
+_EFFICIENCY = 0.5  # of a stage, beside products of large matrices and nothing else
 _CPU_SIZE, _CUDA_SIZE = 512, 4096
 _BYTES_A_SECOND = 200e6  # read, converted and written again
 _SECONDS_A_CLIENT = 3.0  # to start it
@@ -64,7 +65,7 @@ class Machine:
 
     def cost(self, load: Workload, *, seconds: float = 0.0, disk_bytes: int = 0) -> Prediction:
         """Of a workload, beside ``seconds`` that one thread is busy with other things."""
-        busy = load.operations / self.operations
+        busy = load.operations / (_EFFICIENCY * self.operations)
         wall = seconds + busy / (1 if self.on_device else self.threads)
         memory = round(load.memory_bytes)
         return Prediction(

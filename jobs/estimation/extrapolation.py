@@ -51,15 +51,16 @@ def at_depth(costs: Mapping[int, Mapping[str, Measured]], depth: int, stages: Se
 
 
 def _at(points: Mapping[int, Measured], depth: int, kept: int) -> Prediction:
-    def line(values: Mapping[int, float]) -> float:
-        return linear(values, depth)
+    def expected(name: str) -> float:
+        """One of the costs, at the depth."""
+        return linear({blocks: vars(cost)[name] for blocks, cost in points.items()}, depth)
 
-    cuda = {blocks: cost.peak_cuda_memory_bytes for blocks, cost in points.items() if cost.peak_cuda_memory_bytes is not None}
+    on_device = all(cost.peak_cuda_memory_bytes is not None for cost in points.values())
     return Prediction(
-        user_cpu_s=round(line({blocks: cost.user_cpu_s for blocks, cost in points.items()}), 3),
-        wall_s=round(line({blocks: cost.wall_s for blocks, cost in points.items()}), 3),
-        peak_memory_bytes=round(line({blocks: cost.peak_memory_bytes for blocks, cost in points.items()})) - kept,
-        disk_bytes=round(line({blocks: cost.disk_bytes for blocks, cost in points.items()})),
-        peak_cuda_memory_bytes=round(line(cuda)) if cuda else None,
+        user_cpu_s=round(expected("user_cpu_s"), 3),
+        wall_s=round(expected("wall_s"), 3),
+        peak_memory_bytes=round(expected("peak_memory_bytes")) - kept,
+        disk_bytes=round(expected("disk_bytes")),
+        peak_cuda_memory_bytes=round(expected("peak_cuda_memory_bytes")) if on_device else None,
         basis=Basis.PROBE,
     )

@@ -6,7 +6,8 @@ cost of a sampled step, S sequences in the whole text and S' in the part, the st
 
     T s + (what the run on the part took beyond its share T s S'/S of the steps)
 
-so that what happens once, or once an epoch, counts as often as it will. Displays after the first are scaled by S / S'.
+so that what happens once, or once an epoch, counts as often as it will. A display after the first has been seen on the part
+alone: its quickest step counts for the cost of a step, and its number of steps grows with the text.
 """
 
 from __future__ import annotations
@@ -72,9 +73,16 @@ class Display:
 
     def step_cost(self) -> Spent:
         """Median of the steps after the first, or the first where there is no other."""
-        steps = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
-        steps = steps[1:] or steps
+        steps = self._steps[1:] or self._steps
         return Spent(median(step.user_cpu_s for step in steps), median(step.wall_s for step in steps))
+
+    def quickest_step(self) -> Spent:
+        """The least of all, for what comes once an epoch is in some of them."""
+        return Spent(min(step.user_cpu_s for step in self._steps), min(step.wall_s for step in self._steps))
+
+    @property
+    def _steps(self) -> list[Spent]:
+        return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
 
 
 @dataclass(kw_only=True)
@@ -185,10 +193,11 @@ def extrapolated(first: Display, short: Sequence[Display], took: Spent, share: f
         place: which display of the short run is ``first`` again; those before it were not sampled.
     """
     steps = first.step_cost().times(first.total)
-    later = sum((display.cost for display in short[place + 1 :]), Spent(0.0, 0.0))
     again = short[place].cost
-    once = took - again - later
-    return steps + (again - steps.times(share)).or_nothing + later.times(1 / share) + once
+    expected = took + steps + (again - steps.times(share)).or_nothing - again
+    for display in (display for display in short[place + 1 :] if display.done):
+        expected += display.quickest_step().times(display.total * (1 / share - 1))
+    return expected
 
 
 def _clear(folder: Path) -> None:

@@ -20,7 +20,7 @@ from jobs.estimation.prediction import CERTIFICATE, EVALUATION
 from jobs.evaluation import CorpusFigures, Texts
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
-from jobs.manifest import Publication, StageRecord, Status, now
+from jobs.manifest import Manifest, Publication, StageRecord, Status, now
 from jobs.planning import Plan, PlannedStage
 from jobs.reporting.certificate import (
     NUM_WINDOWS,
@@ -102,17 +102,17 @@ def conclude(outcome: Outcome) -> Summary:
         CertificateError: a client reads its format differently. Everything else has been written then, but for the
             config.json of that format, and nothing has been deleted.
     """
-    job = outcome.job
+    job, before = outcome.job, outcome.job.manifest.current
     job.manifest.update(warnings=(*job.manifest.current.warnings, *outcome.plan.warnings))
     certificates = _certificates(outcome) if outcome.formats else ()
     failed = [c for c in certificates if c.verdict is Verdict.FAILED]
     if outcome.formats:
         _publish(outcome, withheld=[format_folder(c.format, outcome.formats) for c in failed])
-        _write_card(outcome, _summary(outcome, (), certificates))
+        _write_card(outcome, _summary(outcome, (), certificates, before))
     for note in job.algorithm.serving_notes(job.workspace.job_dir):
         logger.info("%s", note)
     figures = () if outcome.texts is None else _figures(outcome, outcome.texts)
-    summary = _summary(outcome, figures, certificates)
+    summary = _summary(outcome, figures, certificates, before)
     if outcome.formats and figures:
         _write_card(outcome, summary)
     if failed:
@@ -237,7 +237,9 @@ def _bits(outcome: Outcome) -> Mapping[str, float]:
     return bits
 
 
-def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates: tuple[FormatCertificate, ...]) -> Summary:
+def _summary(
+    outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates: tuple[FormatCertificate, ...], before: Manifest
+) -> Summary:
     job, source = outcome.job, outcome.job.source
     manifest = job.manifest.current
     names = [stage.spec.name for stage in outcome.plan.stages]
@@ -255,21 +257,23 @@ def _summary(outcome: Outcome, figures: tuple[CorpusFigures, ...], certificates:
         figures=figures,
         certificates=certificates,
         stages=stages,
-        closing=_closing(outcome),
+        closing=_closing(outcome, before),
         ran=[stage.spec.name for stage in outcome.plan.runs],
         data={name: _data(record, outcome.plan[name]) for name, record in stages.items() if record.tokens_key is not None},
     )
 
 
-def _closing(outcome: Outcome) -> dict[str, CostRow]:
-    """What certificate and evaluation of this result cost, and whether that was in this run."""
+def _closing(outcome: Outcome, before: Manifest) -> dict[str, CostRow]:
+    """What certificate and evaluation of this result cost, and whether that was since the stages ended."""
     manifest, digest = outcome.job.manifest.current, outcome.artifact.digest
     keys = {CERTIFICATE: digest, EVALUATION: None if outcome.texts is None else outcome.texts.key(digest)}
-    entries = {CERTIFICATE: manifest.certificate, EVALUATION: manifest.evaluation}
-    assert manifest.run is not None, "there is one while it runs"
+    entries = {
+        CERTIFICATE: (manifest.certificate, before.certificate),
+        EVALUATION: (manifest.evaluation, before.evaluation),
+    }
     return {
-        name: CostRow.of(entry["cost"], entry.get("predicted"), ran=entry["time"] >= manifest.run.started)
-        for name, entry in entries.items()
+        name: CostRow.of(entry["cost"], entry.get("predicted"), ran=entry is not earlier)
+        for name, (entry, earlier) in entries.items()
         if entry is not None and entry["key"] == keys[name]
     }
 

@@ -99,9 +99,7 @@ class JobPlan:
         if self.earlier_wall_s is not None:
             lines.append(("time", f"these stages took {duration(self.earlier_wall_s)} before"))
         if self.probe_s is not None:
-            lines.append(
-                ("probe", f"took {duration(self.probe_s)}; a run of the same stages shows these figures beside its own")
-            )
+            lines.append(("probe", f"took {duration(self.probe_s)}; a run of these stages shows what it foretold"))
         return lines + [("note", note) for note in self.notes]
 
 
@@ -145,6 +143,8 @@ def describe_job(
             notes.append(f"{error} The figures are from shapes.")
     expected = forecast(materials, plan, manifest, device, probed)
     notes.extend(_shortages(materials, expected, device))
+    if (recipe.num_processes or len(recipe.cuda_id)) > 1:
+        notes.append("The expected costs are those of one process.")
     return JobPlan(
         paths=paths,
         rows=tuple((stage.spec.name, stage.action.value, stage.reason) for stage in plan.stages),

@@ -108,8 +108,8 @@ class Summary:
     """All that the closing summary says.
 
     Sizes in bytes, ``further_sizes`` those of the formats after the first; ``stages`` by name, with ``ran`` those of this run;
-    ``closing`` are certificate and evaluation. ``data`` is the text that each stage was given. ``lineage`` says how earlier jobs have made ``model``: sizes and figures
-    before compression are those of ``model`` all the same.
+    ``closing`` are certificate and evaluation. ``data`` is the text that each stage was given. ``lineage`` says how earlier
+    jobs have made ``model``: sizes and figures before compression are those of ``model`` all the same.
     """
 
     model: str

@@ -1,0 +1,63 @@
+"""Costs of a deeper model from those of one and two blocks, against closed forms."""
+
+import pytest
+
+from jobs.estimation.extrapolation import Measured, at_depth, linear
+from jobs.estimation.prediction import CERTIFICATE, Basis, Prediction, total
+
+
+def measured(blocks: int) -> Measured:
+    """A stage that costs 3 s and 0.5 s a block, 700 bytes and 20 a block, 10 bytes of disk and 4 a block."""
+    return Measured(
+        user_cpu_s=3 + 0.5 * blocks,
+        wall_s=2 * (3 + 0.5 * blocks),
+        peak_memory_bytes=700 + 20 * blocks,
+        disk_bytes=10 + 4 * blocks,
+        resident_bytes=500,
+    )
+
+
+@pytest.mark.parametrize("depths", [(1, 2), (4, 5), (2, 7)])
+@pytest.mark.parametrize("blocks", [8, 32])
+def test_a_linear_cost_is_found_again(depths, blocks):
+    found = at_depth({depth: {"calibration": measured(depth)} for depth in depths}, blocks, ["calibration"])
+    expected = measured(blocks)
+    assert found["calibration"] == Prediction(
+        user_cpu_s=expected.user_cpu_s,
+        wall_s=expected.wall_s,
+        peak_memory_bytes=expected.peak_memory_bytes,
+        disk_bytes=expected.disk_bytes,
+        basis=Basis.PROBE,
+    )
+
+
+def test_what_does_not_grow_stays_at_the_largest_that_was_seen():
+    assert linear({1: 9.0, 2: 8.0}, 30) == 9.0
+    assert linear({3: 8.0}, 30) == 8.0
+
+
+def test_the_memory_that_earlier_stages_leave_counts_where_they_run():
+    first = measured(1)
+    second = Measured(user_cpu_s=1, wall_s=1, peak_memory_bytes=900, resident_bytes=650)
+    costs = {1: {"calibration": first, "conversion": second, CERTIFICATE: second}}
+    both = at_depth(costs, 1, ["calibration", "conversion"])
+    assert both["conversion"].peak_memory_bytes == both[CERTIFICATE].peak_memory_bytes == 900
+    alone = at_depth(costs, 1, ["conversion"])
+    assert "calibration" not in alone
+    assert alone["conversion"].peak_memory_bytes == 900 - (650 - 500)
+
+
+def test_memory_of_a_device_is_a_line_of_its_own():
+    costs = {}
+    for depth in (1, 2):
+        costs[depth] = {"x": Measured(user_cpu_s=1, wall_s=1, peak_memory_bytes=5, peak_cuda_memory_bytes=100 * depth)}
+    assert at_depth(costs, 10, ["x"])["x"].peak_cuda_memory_bytes == 1000
+
+
+def test_a_total_adds_time_and_disk_and_takes_the_largest_memory():
+    probed = Prediction(user_cpu_s=1, wall_s=2, peak_memory_bytes=30, disk_bytes=4, basis=Basis.PROBE)
+    guessed = Prediction(user_cpu_s=10, wall_s=20, peak_memory_bytes=20, disk_bytes=40, basis=Basis.SHAPES)
+    found = total([probed, guessed])
+    assert (found.user_cpu_s, found.wall_s, found.peak_memory_bytes, found.disk_bytes) == (11, 22, 30, 44)
+    assert found.basis is Basis.SHAPES
+    assert total([probed]).basis is Basis.PROBE
