@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from algorithms.workload import ModelShapes
 from jobs.estimation import store
 from jobs.estimation.coarse import CoarseEstimate, Machine
 from jobs.estimation.prediction import CERTIFICATE, EVALUATION, Basis, Prediction, total
@@ -42,7 +43,7 @@ def forecast(
     recipe, cache = materials.loaded.recipe, materials.workspace.cache_dir
     names, keys = _names(materials, plan), store.keys_of(plan, recipe)
     if probed is not None:
-        measured = probed.predictions(materials.source.num_blocks, [stage.spec.name for stage in plan.runs])
+        measured = probed.predictions(ModelShapes.of(materials.source), [stage.spec.name for stage in plan.runs])
         measured = {name: prediction for name, prediction in measured.items() if name in names}
         store.keep(cache, keys, measured, device.type)
     else:

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from algorithms.modeling.source import ModelSource
+from algorithms.workload import ModelShapes
 from configs.errors import ExitCode
 from configs.loader import LoadedRecipe
 from jobs.estimation.extrapolation import Measured, at_depth
@@ -51,9 +52,9 @@ class Probed:
     costs: Mapping[int, Mapping[str, Measured]]
     wall_s: float
 
-    def predictions(self, blocks: int, stages: Sequence[str]) -> dict[str, Prediction]:
-        """At another depth, for the ``stages`` that run, in order, and for what follows them."""
-        return at_depth(self.costs, blocks, stages)
+    def predictions(self, shapes: ModelShapes, stages: Sequence[str]) -> dict[str, Prediction]:
+        """On the whole model, for the ``stages`` that run, in order, and for what follows them."""
+        return at_depth(self.costs, shapes, stages)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def _stage(record: StageRecord, account: Account) -> dict[str, object]:
     found = {**_cost(vars(record)), "disk_bytes": sum(file.size for file in record.files.values())}
     if account.sampled is not None:
         found |= {"user_cpu_s": account.sampled.user_cpu_s, "wall_s": account.sampled.wall_s}
-    return {**found, "resident_bytes": account.resident_bytes}
+    return {**found, "resident_bytes": account.resident_bytes, "kind": account.kind.value}
 
 
 def _cost(usage: Mapping[str, Any]) -> dict[str, object]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageError, StageSpec
+from jobs.estimation.extrapolation import Kind
 from jobs.execution.resources import resident_bytes
 
 WHOLE_STEPS = 12  # a display of at most so many is not sampled: most that size are one step a block
@@ -87,10 +88,11 @@ class Display:
 
 @dataclass(kw_only=True)
 class Account:
-    """What a stage is expected to cost where it was sampled, and the resident memory when it started."""
+    """What a stage is expected to cost where it was sampled, the resident memory at its start, and what kind of work it is."""
 
     resident_bytes: int = 0
     sampled: Spent | None = None
+    kind: Kind = Kind.OTHER
 
 
 @dataclass(kw_only=True)
@@ -141,8 +143,8 @@ def sampled_algorithm(kind: type[CompressionAlgorithm], accounts: dict[str, Acco
         def _watched(self, spec: StageSpec) -> Callable[[StageContext, Artifact], Artifact]:
             def run(context: StageContext, given: Artifact) -> Artifact:
                 """In the place of the stage's own function."""
-                accounts[spec.name] = Account(resident_bytes=resident_bytes())
-                accounts[spec.name].sampled = run_sampled(spec, context, given)
+                account = accounts[spec.name] = Account(resident_bytes=resident_bytes())
+                run_sampled(spec, context, given, account)
                 return Artifact(kind=spec.kind, directory=context.output_dir, digest="")
 
             return run
@@ -151,12 +153,16 @@ def sampled_algorithm(kind: type[CompressionAlgorithm], accounts: dict[str, Acco
 
 
 def run_sampled(
-    spec: StageSpec, context: StageContext, given: Artifact, *, read_clock: Callable[[], Spent] = clock
-) -> Spent | None:
+    spec: StageSpec,
+    context: StageContext,
+    given: Artifact,
+    account: Account,
+    *,
+    read_clock: Callable[[], Spent] = clock,
+) -> None:
     """Run a stage to its end, on all of its text or on a part.
 
-    Returns:
-        What it would cost on all of it; None where that is what it has just cost.
+    ``account.sampled`` becomes what it would cost on all of it, or stays None where that is what it has just cost.
     """
     watch = _Watch(clock=read_clock, most=max(WHOLE_STEPS, context.source.num_blocks))
     try:
@@ -164,7 +170,9 @@ def run_sampled(
     except _EnoughSeen:
         first = watch.displays[-1]
     else:
-        return None
+        account.kind = _kind(watch.displays, context.source.num_blocks)
+        return
+    account.kind = Kind.TUNING
     before = watch.displays[:-1]
     count, whole = len(context.tokens), first.total
     part = min(count, max(_LEAST_SEQUENCES, -(-count * SAMPLED_STEPS // whole)))
@@ -179,7 +187,14 @@ def run_sampled(
                 raise
             part = min(count, 4 * part)
             continue
-        return extrapolated(first, short.displays, read_clock() - started, part / count, place=len(before))
+        account.sampled = extrapolated(first, short.displays, read_clock() - started, part / count, place=len(before))
+        return
+
+
+def _kind(displays: Sequence[Display], blocks: int) -> Kind:
+    if not displays:
+        return Kind.OTHER
+    return Kind.WALK if all(display.total == blocks for display in displays) else Kind.TUNING
 
 
 def extrapolated(first: Display, short: Sequence[Display], took: Spent, share: float, *, place: int = 0) -> Spent:

@@ -1,9 +1,17 @@
 """Costs of a deeper model from those of one and two blocks, against closed forms."""
 
+import dataclasses
+
 import pytest
 
-from jobs.estimation.extrapolation import Measured, at_depth, linear
+from algorithms.workload import ModelShapes
+from jobs.estimation.extrapolation import Kind, Measured, at_depth, linear
 from jobs.estimation.prediction import CERTIFICATE, Basis, Prediction, total
+
+
+def shapes(blocks: int) -> ModelShapes:
+    """Blocks of 10 parameters: four float32 copies are 160 bytes."""
+    return ModelShapes(blocks=blocks, block_parameters=10, outside_parameters=5, hidden=2, vocabulary=3)
 
 
 def measured(blocks: int) -> Measured:
@@ -20,7 +28,7 @@ def measured(blocks: int) -> Measured:
 @pytest.mark.parametrize("depths", [(1, 2), (4, 5), (2, 7)])
 @pytest.mark.parametrize("blocks", [8, 32])
 def test_a_linear_cost_is_found_again(depths, blocks):
-    found = at_depth({depth: {"calibration": measured(depth)} for depth in depths}, blocks, ["calibration"])
+    found = at_depth({depth: {"calibration": measured(depth)} for depth in depths}, shapes(blocks), ["calibration"])
     expected = measured(blocks)
     assert found["calibration"] == Prediction(
         user_cpu_s=expected.user_cpu_s,
@@ -36,13 +44,22 @@ def test_what_does_not_grow_stays_at_the_largest_that_was_seen():
     assert linear({3: 8.0}, 30) == 8.0
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(Kind.WALK, 1100), (Kind.OTHER, 1100 + 8 * 160), (Kind.TUNING, 600 + 200 + 9 * 300)]
+)
+def test_memory_grows_as_the_work_does(kind, expected):
+    cost = Measured(user_cpu_s=1, wall_s=1, peak_memory_bytes=700, resident_bytes=500, kind=kind)  # 200 on top, then 500
+    costs = {1: {"x": cost}, 2: {"x": dataclasses.replace(cost, peak_memory_bytes=1100, resident_bytes=600)}}
+    assert at_depth(costs, shapes(10), ["x"])["x"].peak_memory_bytes == expected
+
+
 def test_the_memory_that_earlier_stages_leave_counts_where_they_run():
     first = measured(1)
     second = Measured(user_cpu_s=1, wall_s=1, peak_memory_bytes=900, resident_bytes=650)
     costs = {1: {"calibration": first, "conversion": second, CERTIFICATE: second}}
-    both = at_depth(costs, 1, ["calibration", "conversion"])
+    both = at_depth(costs, shapes(1), ["calibration", "conversion"])
     assert both["conversion"].peak_memory_bytes == both[CERTIFICATE].peak_memory_bytes == 900
-    alone = at_depth(costs, 1, ["conversion"])
+    alone = at_depth(costs, shapes(1), ["conversion"])
     assert "calibration" not in alone
     assert alone["conversion"].peak_memory_bytes == 900 - (650 - 500)
 
@@ -51,7 +68,7 @@ def test_memory_of_a_device_is_a_line_of_its_own():
     costs = {}
     for depth in (1, 2):
         costs[depth] = {"x": Measured(user_cpu_s=1, wall_s=1, peak_memory_bytes=5, peak_cuda_memory_bytes=100 * depth)}
-    assert at_depth(costs, 10, ["x"])["x"].peak_cuda_memory_bytes == 1000
+    assert at_depth(costs, shapes(10), ["x"])["x"].peak_cuda_memory_bytes == 1000
 
 
 def test_a_total_adds_time_and_disk_and_takes_the_largest_memory():

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
-from configs.errors import DataError
+from configs.errors import DataError, MemoryShortageError
 from jobs.estimation import forecast as forecasts
 from jobs.estimation import store
 from jobs.estimation.extrapolation import Measured
 from jobs.estimation.prediction import CERTIFICATE, EVALUATION, Basis, Prediction
 from jobs.estimation.probe import Probed, ProbeError
+from jobs.estimation.room import Room
 from jobs.manifest import read_manifest
 from jobs.reporting import plan_text
 from jobs.runner import plan_job, run_job
@@ -117,6 +118,16 @@ def test_a_full_disk_is_said_by_the_plan_and_ends_the_run_before_its_first_stage
         run(tmp_path, envelope=EVALUATED)
     assert journal(tmp_path) == []
     assert manifest(tmp_path)["run"]["status"] == "failed"
+
+
+def test_too_small_a_machine_ends_the_run_before_its_first_stage(tmp_path, probed, monkeypatch):
+    plan(tmp_path)
+    small = Room(disk=10**12, memory=4_000_000, memory_limit=4_000_000)
+    monkeypatch.setattr(Room, "here", lambda folder, device: small)
+    assert any("A run would be refused" in note and "calibration 7.0 MB" in note for note in plan(tmp_path).notes)
+    with pytest.raises(MemoryShortageError, match=r"than there is, 4\.0 MB"):
+        run(tmp_path, envelope=EVALUATED)
+    assert journal(tmp_path) == []
 
 
 def test_what_cannot_be_read_is_as_good_as_nothing(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from algorithms.modeling.source import ModelSource
 from algorithms.registry import config_class
+from algorithms.workload import ModelShapes
 from configs.loader import load_recipe
 from jobs.estimation.probe import ProbeError, probe
 from jobs.workspace import open_workspace
@@ -63,7 +64,7 @@ def test_two_depths_are_measured_and_nothing_is_left(job):
     probed = probe(*job, start=process)
     assert process.depths == [1, 2]
     assert process.saw_text, "data sets below the user folder are found"
-    prediction = probed.predictions(8, ["calibration"])["calibration"]
+    prediction = probed.predictions(ModelShapes.of(job[1]), ["calibration"])["calibration"]
     assert (prediction.user_cpu_s, prediction.wall_s, prediction.peak_memory_bytes) == (8.0, 16.0, 100)
     _, _, workspace = job
     assert list(workspace.cache_dir.iterdir()) == []
@@ -89,7 +90,7 @@ def test_a_recipe_that_needs_more_blocks_is_given_more(job, least, depths):
     process = Process(refuses_below=least)
     probed = probe(*job, start=process)
     assert process.depths == depths
-    assert probed.predictions(8, ["calibration"])["calibration"].user_cpu_s == 8.0
+    assert probed.predictions(ModelShapes.of(job[1]), ["calibration"])["calibration"].user_cpu_s == 8.0
 
 
 def test_a_recipe_that_needs_most_blocks_is_not_probed(job):

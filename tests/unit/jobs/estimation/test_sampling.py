@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from algorithms.base import Artifact, StageContext, StageError, StageSpec
-from jobs.estimation.sampling import SAMPLED_STEPS, WHOLE_STEPS, Spent, run_sampled
+from jobs.estimation.extrapolation import Kind
+from jobs.estimation.sampling import SAMPLED_STEPS, WHOLE_STEPS, Account, Spent, run_sampled
 
 LOADING, WRITING, JUDGING, STEP, PASS = 7.0, 2.0, 3.0, 0.25, 0.5  # seconds
 BATCH = 4
@@ -73,8 +74,10 @@ def tuning(clock: Clock, *, epochs: int, cached: bool = False, held_out: int = 0
 
 
 def sample(folder: Path, clock: Clock, spec: StageSpec, sequences: int) -> Spent | None:
-    given = Artifact(kind="model", directory=folder, digest="")
-    return run_sampled(spec, context(folder, sequences), given, read_clock=clock.read)
+    given, account = Artifact(kind="model", directory=folder, digest=""), Account()
+    run_sampled(spec, context(folder, sequences), given, account, read_clock=clock.read)
+    assert account.kind is Kind.TUNING
+    return account.sampled
 
 
 def exact(folder: Path, sequences: int, **options: object) -> float:
@@ -152,3 +155,19 @@ def test_no_more_steps_are_taken_than_are_looked_at(tmp_path):
     assert taken.count(1000) == SAMPLED_STEPS
     assert len(taken) - SAMPLED_STEPS <= 8
     assert found.wall_s == pytest.approx(1000)
+
+
+@pytest.mark.parametrize(("totals", "kind"), [((), Kind.OTHER), ((2,), Kind.WALK), ((2, 2), Kind.WALK), ((2, 9), Kind.TUNING)])
+def test_a_walk_is_known_by_its_steps(tmp_path, totals, kind):
+    def run(given: StageContext, artifact: Artifact) -> Artifact:
+        for total in totals:
+            with given.progress("steps", total) as step:
+                for _ in range(total):
+                    step("")
+        return artifact
+
+    account = Account()
+    given = Artifact(kind="model", directory=tmp_path, digest="")
+    spec = StageSpec(name="x", run=run, directory="x", kind="x")
+    run_sampled(spec, context(tmp_path, 4), given, account, read_clock=Clock().read)
+    assert (account.kind, account.sampled) == (kind, None)
