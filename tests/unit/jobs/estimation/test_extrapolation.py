@@ -45,12 +45,30 @@ def test_what_does_not_grow_stays_at_the_largest_that_was_seen():
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [(Kind.WALK, 1100), (Kind.OTHER, 1100 + 8 * 160), (Kind.TUNING, 600 + 200 + 9 * 300)]
+    ("kind", "blocks", "expected"),
+    [
+        (Kind.WALK, 5, 1100 + 3 * 400),
+        (Kind.WALK, 40, 1100 + 4 * 400),
+        (Kind.OTHER, 40, 600 + 500 + 38 * 160),
+        (Kind.TUNING, 40, 600 + 500 + 38 * 300),
+        (Kind.TUNING, 2, 1100),
+    ],
 )
-def test_memory_grows_as_the_work_does(kind, expected):
+def test_memory_grows_as_the_work_does(kind, blocks, expected):
     cost = Measured(user_cpu_s=1, wall_s=1, peak_memory_bytes=700, resident_bytes=500, kind=kind)  # 200 on top, then 500
     costs = {1: {"x": cost}, 2: {"x": dataclasses.replace(cost, peak_memory_bytes=1100, resident_bytes=600)}}
-    assert at_depth(costs, shapes(10), ["x"])["x"].peak_memory_bytes == expected
+    assert at_depth(costs, shapes(blocks), ["x"])["x"].peak_memory_bytes == expected
+
+
+def test_a_small_difference_of_a_certificate_is_doubted():
+    assert linear({1: 10.0, 2: 13.0}, 12, doubtful=0.3) == 13 + 10 * 3
+    assert linear({1: 10.0, 2: 11.5}, 12, doubtful=0.3) == 11.5 + 10 * 1.5 / 2
+    assert linear({1: 10.0, 2: 11.5}, 2, doubtful=0.3) == 11.5
+    assert linear({1: 10.0, 2: 11.5}, 12) == 11.5 + 10 * 1.5
+    costs = {depth: {"x": measured(depth), CERTIFICATE: measured(depth)} for depth in (1, 2)}
+    found = at_depth(costs, shapes(12), ["x"])
+    assert found["x"].user_cpu_s == measured(12).user_cpu_s
+    assert found[CERTIFICATE].user_cpu_s < found["x"].user_cpu_s
 
 
 def test_the_memory_that_earlier_stages_leave_counts_where_they_run():
