@@ -3,8 +3,8 @@
 Times and files are lines in the number of blocks; of the certificate, whose time is mostly that of starting a program, a small
 difference is doubted. Memory of a walk over the blocks grows by what the process keeps of memory that it has given back, which
 stops after some blocks: on a model of 16 blocks, GPTQ and FLAP came to keep 2 to 5 times as much as the second block had added.
-What a later stage finds resident differs between equal runs by up to a factor of two and is taken as it was at the deepest. On top
-of that, nothing but a tuning needs more than a few float32 copies a block.
+What a later stage finds resident differs between equal runs by up to a factor of two; it is taken as it was at the deepest. On
+top of that, nothing but a tuning needs more than a few float32 copies a block.
 """
 
 from __future__ import annotations

@@ -101,9 +101,8 @@ def test_what_was_predicted_is_what_it_costs(folder, planned):
 
 def test_a_probe_that_is_stopped_takes_its_process_and_its_folder_along(folder):
     cache = folder / "elsewhere"
-    process = subprocess.Popen(
-        [*_command(folder, "plan", "--probe"), f"CACHE_PATH={cache}"], cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL
-    )
+    command = [*_command(folder, "plan", "--probe"), f"CACHE_PATH={cache}", "JOB_ID=stopped"]
+    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not _processes_of(cache):
         assert time.monotonic() < deadline
