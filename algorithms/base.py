@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from algorithms.modeling.on_demand import resident
 from algorithms.modeling.source import ModelSource
 from algorithms.parallel.ranks import ALONE, Ranks
+from algorithms.workload import Workload
 
 
 class StageError(ValueError):
@@ -167,6 +168,18 @@ class CompressionAlgorithm(ABC):
             ValueError: what is wrong with the recipe, and which key to change.
         """
         return ()
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """Rough workloads, for a plan that nothing has been measured for, of stages whose work is not a walk over the blocks.
+
+        Args:
+            source: the model of the job.
+            tokens: how many each stage with a text is given.
+
+        Returns:
+            Workload by stage; one that is left out is taken for a walk over the blocks without tuning.
+        """
+        return {}
 
     @abstractmethod
     def stages(self) -> Sequence[StageSpec]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from algorithms.modeling.files import atomic_write_json
 from configs.errors import DataError
+from jobs.estimation.prediction import Prediction
 from jobs.results.artifacts import FileRecord
 
 FORMAT = 1
@@ -37,7 +38,8 @@ class StageRecord:
     """One stage's line: what shaped it (key, settings, input, tokens), what it left, and what it cost.
 
     Times are UTC. ``user_cpu_s`` and ``wall_s`` add up over the attempts that a resumed stage took, as far as they are known;
-    ``peak_memory_bytes`` is the largest resident memory of this process while the stage ran.
+    ``peak_memory_bytes`` is the largest resident memory of this process while the stage ran. ``predicted`` is what it was
+    expected to cost, before it started; None in manifests from before there were predictions.
     """
 
     key: str
@@ -62,6 +64,7 @@ class StageRecord:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     tokens: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    predicted: Prediction | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +202,13 @@ def _manifest(raw: dict) -> Manifest:
 
 
 def _stage(raw: dict) -> StageRecord:
-    fixed = {"status": Status(raw["status"]), "files": _files(raw["files"]), "warnings": tuple(raw["warnings"])}
+    predicted = raw.get("predicted")
+    fixed = {
+        "status": Status(raw["status"]),
+        "files": _files(raw["files"]),
+        "warnings": tuple(raw["warnings"]),
+        "predicted": None if predicted is None else Prediction.from_record(predicted),
+    }
     return StageRecord(**{**raw, **fixed})
 
 

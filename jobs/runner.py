@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
 import yaml
 
-from algorithms.base import Artifact
+from algorithms.base import Artifact, Process
 from algorithms.modeling.files import atomic_write_json, atomic_write_text
+from algorithms.workload import ModelShapes
 from configs.errors import CertificateError, DataError, RankLostError, UploadError
 from configs.loader import LoadedRecipe
 from jobs.earlier_jobs import lineage
+from jobs.estimation.forecast import forecast
+from jobs.estimation.requirements import require
+from jobs.estimation.room import Room
 from jobs.evaluation import Questions, Sources, Subject, load_questions, placed
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.conclusion import Outcome, conclude, measure
@@ -77,6 +81,7 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: C
         plan = materials.verified_plan(job.manifest.current)
         materials.preflight(plan)
         _announce(plan)
+        job = _foreseen(materials, job, plan)
         outcome = _execute(materials, job, plan, questions)
         summary = conclude(outcome)
         parts.terminal.show(as_tables(summary), as_text(summary))
@@ -85,8 +90,10 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: C
         return JobResult(job_dir=job.workspace.job_dir, plan=plan, summary=summary, figures=summary.figures)
 
 
-def plan_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None) -> JobPlan:
+def plan_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, with_probe: bool = False) -> JobPlan:
     """Say what :func:`run_job` would do, without doing it. A model or text that is not there becomes a note.
+
+    ``with_probe`` measures the work on the model's first blocks, so that the expected cost is no guess.
 
     Raises:
         DataError: STAGES or ``overwrite`` cannot be followed, or the job folder cannot be used.
@@ -95,7 +102,9 @@ def plan_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None) -> Job
     workspace = open_workspace(loaded.recipe)
     manifest = read_manifest(workspace.manifest_path)
     check_target(workspace.job_dir, manifest.published)
-    return describe_job(loaded, workspace, manifest, parts)
+    this_process.apply_visible_devices(loaded.recipe.cuda_id)
+    device = this_process.choose_device(Process())
+    return describe_job(loaded, workspace, manifest, parts, device, with_probe=with_probe)
 
 
 def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts: Collaborators | None = None) -> JobResult:
@@ -146,6 +155,20 @@ def push_result(loaded: LoadedRecipe, *, is_dry_run: bool = False, parts: Collab
         with logging_to(workspace.logs_dir, Crew().process, parts.terminal), parts.lock(workspace), interruptible():
             send(upload, ManifestFile(workspace.manifest_path), parts.open_hub, push_command(loaded))
     return tuple(upload.lines())
+
+
+def _foreseen(materials: Materials, job: Job, plan: Plan) -> Job:
+    """The job with what it is expected to cost, once it is known to fit the machine.
+
+    Raises:
+        DataError: the disk is too small for it.
+        MemoryShortageError: the memory is.
+    """
+    expected = forecast(materials, plan, job.manifest.current, job.device)
+    if expected.predictions:
+        room, shapes = Room.here(job.workspace.job_dir, job.device), ModelShapes.of(job.source)
+        require(materials.loaded, expected, room, shapes, written=materials.written_bytes())
+    return replace(job, predictions=expected.predictions)
 
 
 def _execute(materials: Materials, job: Job, plan: Plan, questions: Questions | None) -> Outcome:

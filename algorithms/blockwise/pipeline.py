@@ -18,6 +18,7 @@ from algorithms.blockwise.config import BlockwiseParameters
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
+from algorithms.workload import ModelShapes, Workload
 
 BITS = "bits_report.json"
 # Correcting a layer towards the original model is a regression with as many unknowns an output as there are inputs; more tokens
@@ -83,6 +84,13 @@ class Pipeline(Generic[Weight]):
                 settings={"exports": list(self.exports), **self.export_settings},
             ),
         )
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """The walk over the blocks, with block tuning where the recipe has it; without text there is none to speak of."""
+        tuning, shapes = self.config.block_tuning, ModelShapes.of(source)
+        epochs = 0 if tuning is None else tuning.max_epochs
+        sweeps = 2.0 * shapes.blocks * shapes.block_parameters * shapes.hidden
+        return {"calibration": shapes.walk(tokens.get("calibration", 0), tuning_epochs=epochs).plus(sweeps)}
 
     def open(self, artifact: Artifact) -> nn.Module:
         """A calibration or an export as a float32 model that reads its blocks when they compute."""

@@ -14,6 +14,7 @@ from algorithms.blockwise.pipeline import Pipeline, check_groups
 from algorithms.blockwise.uniform_exports import FORMATS, Setting, check_exports
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.uniform import UniformCodes
+from algorithms.workload import Workload
 
 
 class UniformAlgorithm(CompressionAlgorithm):
@@ -60,6 +61,10 @@ class UniformAlgorithm(CompressionAlgorithm):
     def stages(self) -> Sequence[StageSpec]:
         """Calibration and conversion."""
         return self._pipeline.specs()
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """Of the calibration; see :meth:`Pipeline.workloads`."""
+        return self._pipeline.workloads(source, tokens)
 
     def open(self, artifact: Artifact) -> nn.Module:
         """A calibration or an export as a float32 model."""

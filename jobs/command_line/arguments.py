@@ -41,6 +41,7 @@ class Arguments:
     results: Path | None = None
     cache_dir: Path | None = None
     dry_run: bool = False
+    probe: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,11 @@ def _quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="say only warnings, errors and the result; log.log stays complete")
 
 
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _quiet(parser)
+    parser.add_argument("--probe", action="store_true", help="measure what it costs, on the first blocks of the model")
+
+
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _quiet(parser)
     parser.add_argument("--directory", type=Path, help="a model or a job's result, beside the recipe's model")
@@ -117,7 +123,10 @@ DEFAULT = "run"
 _MODELS = ("base_model", "quantized_model", "pruned_model")
 COMMANDS: Mapping[str, Command] = {
     DEFAULT: Command(summary="run the recipes in order, and stop at the first that fails (the default)", add_options=_quiet),
-    "plan": Command(summary="say which stages would run, and why, without running them", add_options=_quiet),
+    "plan": Command(
+        summary="say which stages would run, and why, and what they would cost, without running them",
+        add_options=_plan_options,
+    ),
     "validate": Command(summary="check the recipes"),
     "evaluate": Command(
         summary="measure the recipe's model, the model in --directory, or --base_model and others, and nothing else",

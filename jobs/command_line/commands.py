@@ -124,7 +124,7 @@ def _plan(loaded: LoadedRecipe, arguments: Arguments) -> None:
     from jobs.logs import Terminal
     from jobs.runner import plan_job
 
-    plan = plan_job(loaded, parts=_parts(arguments))
+    plan = plan_job(loaded, parts=_parts(arguments), with_probe=arguments.probe)
     Terminal(quiet=arguments.quiet).show(plan.as_table(), plan.as_text())
 
 

@@ -17,10 +17,11 @@ from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from algorithms.modeling.on_demand import place
 from configs.errors import CertificateError, DataError
 from configs.loader import LoadedRecipe
+from jobs.estimation.prediction import CERTIFICATE, EVALUATION
 from jobs.evaluation import BASE, Examiner, Memory, Questions, Subject, placed
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
-from jobs.manifest import Publication, StageRecord, Status, now
+from jobs.manifest import Manifest, Publication, StageRecord, Status, now
 from jobs.planning import Plan, PlannedStage
 from jobs.reporting.card_header import origin_of
 from jobs.reporting.certificate import (
@@ -34,7 +35,7 @@ from jobs.reporting.certificate import (
 from jobs.reporting.html.report import Account, report
 from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.secrets import without_secrets
-from jobs.reporting.summary import BitAccount, Summary
+from jobs.reporting.summary import BitAccount, CostRow, Summary
 from jobs.results.artifacts import remove_folder
 from jobs.results.publishing import CONFIG, count_files, format_folder, is_published, publish, write_extra
 from jobs.scoring.figures import Figures, as_records, from_records
@@ -106,17 +107,17 @@ def conclude(outcome: Outcome) -> Summary:
         CertificateError: a client reads its format differently. Everything else has been written then, but for the
             config.json of that format, and nothing has been deleted.
     """
-    job = outcome.job
+    job, before = outcome.job, outcome.job.manifest.current
     job.manifest.update(warnings=(*job.manifest.current.warnings, *outcome.plan.warnings))
     certificates = _certificates(outcome) if outcome.formats else ()
     failed = [c for c in certificates if c.verdict is Verdict.FAILED]
     if outcome.formats:
         _publish(outcome, withheld=[format_folder(c.format, outcome.formats) for c in failed])
-        _write_card(outcome, _summary(outcome, Figures(), certificates))
+        _write_card(outcome, _summary(outcome, Figures(), certificates, before))
     for note in job.algorithm.serving_notes(job.workspace.job_dir):
         logger.info("%s", note)
     figures = Figures() if outcome.questions is None else _figures(outcome, outcome.questions)
-    summary = _summary(outcome, figures, certificates)
+    summary = _summary(outcome, figures, certificates, before)
     if outcome.formats and figures:
         _write_card(outcome, summary)
     _write_report(outcome, summary)
@@ -151,6 +152,7 @@ def _certificates(outcome: Outcome) -> tuple[FormatCertificate, ...]:
         "versions": dict(job.manifest.current.versions),
         "formats": [asdict(c) for c in certificates],
         "cost": asdict(meter.usage()),
+        "predicted": _predicted(job, CERTIFICATE),
     }
     atomic_write_json(job.workspace.certificate_path, record)
     job.manifest.update(certificate=record)
@@ -219,8 +221,14 @@ def _figures(outcome: Outcome, questions: Questions) -> Figures:
         ),
         memory=Memory(known=done, keep=_keep),
     )
-    manifest.update(evaluation={"key": key, "done": found, **measured.record()})
+    manifest.update(evaluation={"key": key, "done": found, **measured.record(), "predicted": _predicted(job, EVALUATION)})
     return measured.figures
+
+
+def _predicted(job: Job, name: str) -> dict[str, object] | None:
+    """What a closing line was expected to cost, as the manifest keeps it."""
+    prediction = job.predictions.get(name)
+    return None if prediction is None else asdict(prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,29 +277,45 @@ def _bits(outcome: Outcome) -> Mapping[str, float]:
     return bits
 
 
-def _summary(outcome: Outcome, figures: Figures, certificates: tuple[FormatCertificate, ...]) -> Summary:
+def _summary(outcome: Outcome, figures: Figures, certificates: tuple[FormatCertificate, ...], before: Manifest) -> Summary:
     job, source = outcome.job, outcome.job.source
     manifest = job.manifest.current
     names = [stage.spec.name for stage in outcome.plan.stages]
     sizes = {name: _published_size(outcome, format_folder(name, outcome.formats)) for name in outcome.formats}
     stages = {name: manifest.stages[name] for name in names if _counts(outcome, name)}
-    before = sum((source.directory / name).stat().st_size for name in set(source.weight_files.values()))
-    job.manifest.update(sizes={"before": before, "after": dict(sizes)})
+    size_before = sum((source.directory / name).stat().st_size for name in set(source.weight_files.values()))
+    job.manifest.update(sizes={"before": size_before, "after": dict(sizes)})
     return Summary(
         model=source.name,
         lineage=manifest.lineage,
         method=job.algorithm.name,
         output=job.workspace.job_dir if outcome.formats else outcome.artifact.directory,
         bits=BitAccount.of(_bits(outcome), source.num_parameters),
-        size_before=before,
+        size_before=size_before,
         size_after=sizes.pop(outcome.formats[0]) if outcome.formats else None,
         further_sizes=sizes,
         figures=figures,
         certificates=certificates,
         stages=stages,
+        closing=_closing(outcome, before),
         ran=[stage.spec.name for stage in outcome.plan.runs],
         data={name: _data(record, outcome.plan[name]) for name, record in stages.items() if record.tokens_key is not None},
     )
+
+
+def _closing(outcome: Outcome, before: Manifest) -> dict[str, CostRow]:
+    """What certificate and evaluation of this result cost, and whether that was since the stages ended."""
+    manifest, digest = outcome.job.manifest.current, outcome.artifact.digest
+    keys = {CERTIFICATE: digest, EVALUATION: None if outcome.questions is None else outcome.questions.key(digest)}
+    entries = {
+        CERTIFICATE: (manifest.certificate, before.certificate),
+        EVALUATION: (manifest.evaluation, before.evaluation),
+    }
+    return {
+        name: CostRow.of(entry["cost"], entry.get("predicted"), ran=entry is not earlier)
+        for name, (entry, earlier) in entries.items()
+        if entry is not None and entry["key"] == keys[name] and "cost" in entry  # none as long as it is not finished
+    }
 
 
 def _data(record: StageRecord, planned: PlannedStage) -> str:

@@ -36,11 +36,16 @@ def _is_memory_shortage(error: MemoryError | RuntimeError) -> bool:
 
 
 def _remedies(loaded: LoadedRecipe, error: BaseException) -> str:
-    overrides = loaded.parameters.memory_remedies()
     lines = [f"{loaded.file}: the job ran out of memory ({' '.join(str(error).split())[:200] or type(error).__name__})."]
+    overrides = overrides_that_help(loaded)
     if overrides:
         lines.append("What is finished is kept. Run the same command again with one of these, the first that you can:")
-        lines.extend(f"  {BLOCK}.{loaded.recipe.algorithm}.{override}" for override in overrides)
+        lines.extend(f"  {override}" for override in overrides)
     else:
         lines.append("What is finished is kept. Run the same command again on a machine with more memory.")
     return "\n".join(lines)
+
+
+def overrides_that_help(loaded: LoadedRecipe) -> tuple[str, ...]:
+    """What to write on the command line so that the job needs less memory, the gentlest first."""
+    return tuple(f"{BLOCK}.{loaded.recipe.algorithm}.{override}" for override in loaded.parameters.memory_remedies())

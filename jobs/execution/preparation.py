@@ -117,6 +117,11 @@ class Materials:
                 return plan
             damaged |= worse
 
+    def written_bytes(self) -> int:
+        """What stopped stages have left of their results, and need not write again."""
+        folders = [self.workspace.partial_dir(spec.directory) for spec in self.specs]
+        return sum(file.stat().st_size for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file())
+
     def artifact(self, planned: PlannedStage) -> Artifact:
         """The artifact of a stage that is reused."""
         return Artifact(kind=planned.spec.kind, directory=self.locate(planned.spec.name, planned.result)[0], digest=planned.key)

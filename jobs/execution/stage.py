@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,7 @@ from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelError, ModelSource
 from configs.errors import DataError, RankLostError
 from configs.recipe import Recipe
+from jobs.estimation.prediction import Prediction
 from jobs.execution.collaborators import Collaborators, Tokens
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage_texts import evaluation_on, stage_texts
@@ -42,7 +43,10 @@ _MAX_WARNINGS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job that is being run: what it was made from, and where it stands."""
+    """A job that is being run: what it was made from, and where it stands.
+
+    ``predictions`` are by stage, certificate and evaluation included, made before the first of them.
+    """
 
     recipe: Recipe
     workspace: Workspace
@@ -55,6 +59,7 @@ class Job:
     run_id: str
     data: str
     track: Callable[[Mapping[str, object]], None] = lambda line: None
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
 
     def metrics(self, values: Mapping[str, object]) -> None:
         """Append one line to metrics.jsonl, where figures that are not finite become their names, and hand it to tracking."""
@@ -203,6 +208,7 @@ def _opening_record(job: Job, planned: PlannedStage, tokens: Tokens | None, resu
         peak_memory_bytes=earlier.peak_memory_bytes if earlier else 0,
         peak_cuda_memory_bytes=earlier.peak_cuda_memory_bytes if earlier else None,
         tokens=dict(tokens.record) if tokens else {},
+        predicted=job.predictions.get(spec.name),
     )
 
 

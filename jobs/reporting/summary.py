@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from jobs.estimation.prediction import Prediction
 from jobs.logs import duration
 from jobs.manifest import Lineage, StageRecord
 from jobs.reporting.certificate import FormatCertificate
@@ -66,12 +68,53 @@ class BitAccount:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostRow:
+    """What something cost, what it was expected to, and whether it ran or an earlier result was there."""
+
+    ran: bool
+    wall_s: float
+    user_cpu_s: float
+    peak_memory_bytes: int
+    peak_cuda_memory_bytes: int | None = None
+    predicted: Prediction | None = None
+
+    @classmethod
+    def of(cls, cost: Mapping[str, Any], predicted: Mapping[str, Any] | None, *, ran: bool) -> CostRow:
+        """From what the manifest keeps."""
+        return cls(**cost, predicted=None if predicted is None else Prediction.from_record(predicted), ran=ran)
+
+    @classmethod
+    def of_stage(cls, record: StageRecord, *, ran: bool) -> CostRow:
+        """From a stage's record."""
+        return cls(
+            wall_s=record.wall_s,
+            user_cpu_s=record.user_cpu_s,
+            peak_memory_bytes=record.peak_memory_bytes,
+            peak_cuda_memory_bytes=record.peak_cuda_memory_bytes,
+            predicted=record.predicted,
+            ran=ran,
+        )
+
+    def cells(self, name: str) -> tuple[str, ...]:
+        """A row of the table: predicted -> actual, and what the prediction was made from."""
+        expected = self.predicted
+        return (
+            name,
+            "ran" if self.ran else "reused",
+            _expected(expected and duration(expected.wall_s)) + duration(self.wall_s),
+            _expected(expected and duration(expected.user_cpu_s)) + duration(self.user_cpu_s),
+            _expected(expected and memory(expected)) + memory(self),
+            "" if expected is None else expected.basis.value,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """All that the closing summary says.
 
     Sizes in bytes, ``further_sizes`` those of the formats after the first; ``stages`` by name, with ``ran`` those of this run;
-    ``data`` is the text that each stage was given. ``lineage`` says how earlier jobs have made ``model``: sizes and figures
-    before compression are those of ``model`` all the same.
+    ``closing`` are certificate and evaluation. ``data`` is the text that each stage was given. ``lineage`` says how earlier
+    jobs have made ``model``: sizes and figures before compression are those of ``model`` all the same.
     """
 
     model: str
@@ -87,6 +130,7 @@ class Summary:
     data: Mapping[str, str] = field(default_factory=dict)
     further_sizes: Mapping[str, int] = field(default_factory=dict)
     lineage: Lineage | None = None
+    closing: Mapping[str, CostRow] = field(default_factory=dict)
 
     def facts(self) -> list[tuple[str, str]]:
         """Label and value of each line above the tables."""
@@ -139,23 +183,24 @@ class Summary:
         ]
 
     def stage_rows(self) -> list[tuple[str, ...]]:
-        """One row a stage: what happened, wall time, user CPU time and peak memory."""
-        return [
-            (
-                name,
-                "ran" if name in self.ran else "reused",
-                duration(record.wall_s),
-                duration(record.user_cpu_s),
-                size(record.peak_memory_bytes)
-                + ("" if record.peak_cuda_memory_bytes is None else f" + {size(record.peak_cuda_memory_bytes)} on the device"),
-            )
-            for name, record in self.stages.items()
-        ]
+        """One row a stage, and one each for what follows: what happened, wall time, user CPU time and peak memory."""
+        stages = {name: CostRow.of_stage(record, ran=name in self.ran) for name, record in self.stages.items()}
+        return [row.cells(name) for name, row in {**stages, **self.closing}.items()]
 
 
 FIGURE_COLUMNS = ("text", "sequence length", "windows", "tokens", "perplexity", "KL (nats, 95 %)", "same first choice (95 %)")
 TASK_COLUMNS = ("task", "examples", "samples", "BOS", "metric", "value")
-STAGE_COLUMNS = ("stage", "", "time", "CPU", "peak memory")
+STAGE_COLUMNS = ("stage", "", "time", "CPU", "peak memory", "predicted from")
+
+
+def memory(cost: CostRow | Prediction) -> str:
+    """Peak memory, and that of the device where there is one."""
+    on_device = cost.peak_cuda_memory_bytes
+    return size(cost.peak_memory_bytes) + ("" if on_device is None else f" + {size(on_device)} on the device")
+
+
+def _expected(text: str | None) -> str:
+    return f"{text} -> " if text else ""
 
 
 def as_tables(summary: Summary) -> Group:
@@ -175,10 +220,10 @@ def as_tables(summary: Summary) -> Group:
 
 def as_text(summary: Summary) -> str:
     """The summary as plain lines, columns aligned by spaces."""
-    lines = _aligned(summary.facts())
+    lines = aligned(summary.facts())
     for header, rows in _tables(summary):
         if rows:
-            lines += ["", *_aligned([header, *rows])]
+            lines += ["", *aligned([header, *rows])]
     return "\n".join(lines)
 
 
@@ -199,6 +244,7 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines, columns aligned by spaces."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -13,12 +13,14 @@ from tests.support.source_tree import PLUGIN_FAMILIES, ROOT, Module, imported, i
 OURS = {"main", "configs", "algorithms", "jobs", "tests", "examples"}
 ALLOWED = {
     "main": {"jobs", "configs"},
-    "jobs": {f"algorithms.{unit}" for unit in ("base", "registry", "modeling", "formats", "parallel")} | {"configs"},
+    "jobs": {f"algorithms.{unit}" for unit in ("base", "registry", "workload", "modeling", "formats", "parallel")}
+    | {"configs"},
     "algorithms": set(),
     "algorithms.registry": {"configs"},
-    "algorithms.base": {"algorithms.modeling", "algorithms.parallel"},
+    "algorithms.base": {"algorithms.modeling", "algorithms.parallel", "algorithms.workload"},
+    "algorithms.workload": {"algorithms.modeling"},
     "algorithms.blockwise": {
-        f"algorithms.{unit}" for unit in ("base", "finetuning", "formats", "modeling", "numerics", "parallel")
+        f"algorithms.{unit}" for unit in ("base", "finetuning", "formats", "modeling", "numerics", "parallel", "workload")
     }
     | {"configs"},
     "algorithms.finetuning": {f"algorithms.{unit}" for unit in ("base", "modeling", "numerics", "parallel")} | {"configs"},
@@ -29,7 +31,8 @@ ALLOWED = {
     "configs": set(),
 }
 PLUGIN_MAY = {"configs"} | {
-    f"algorithms.{unit}" for unit in ("base", "blockwise", "numerics", "modeling", "formats", "finetuning", "parallel")
+    f"algorithms.{unit}"
+    for unit in ("base", "blockwise", "numerics", "modeling", "formats", "finetuning", "parallel", "workload")
 }
 LIBRARIES = {"configs": {"pydantic", "pydantic_core", "omegaconf", "yaml"}, "algorithms.numerics": {"torch"}}
 

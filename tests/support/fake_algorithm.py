@@ -78,6 +78,7 @@ class FakeSource:
     digest: str = "model-1"
     vocab_size: int = VOCABULARY
     num_parameters: int = VOCABULARY * VOCABULARY + 8
+    num_blocks: int = 2
     trust_remote_code: bool = False
     weight_files: dict[str, str] = field(default_factory=lambda: {"table": "model.safetensors"})
     config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(to_dict=dict))

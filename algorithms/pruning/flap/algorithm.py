@@ -25,6 +25,7 @@ from algorithms.modeling.transforms.narrowing import attention_output, narrowed_
 from algorithms.pruning.flap import calibration, ranking, recovery
 from algorithms.pruning.flap.config import FlapConfig
 from algorithms.pruning.flap.recovery import recover_pruned
+from algorithms.workload import ModelShapes, Workload
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,15 @@ class FlapPruner(CompressionAlgorithm):
                 settings={"exports": list(self.exports), "pad_neurons_to": config.pad_neurons_to},
             ),
         )
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """Of the recovery; the other stages are walks."""
+        if not self._config.recovers:
+            return {}
+        tuning, shapes = self._config.recovering, ModelShapes.of(source)
+        sequences = tuning.micro_batch_size or tuning.batch_size
+        count, length = tokens["recovery"], tuning.sequence_length
+        return {"recovery": shapes.distillation(count, epochs=tuning.max_epochs, sequences=sequences, length=length)}
 
     def open(self, artifact: Artifact) -> nn.Module:
         """What a stage after the ranking has left, as a float32 model that reads its blocks when they compute.

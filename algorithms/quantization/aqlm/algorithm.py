@@ -16,6 +16,7 @@ from algorithms.quantization.aqlm import stages
 from algorithms.quantization.aqlm.config import AqlmConfig
 from algorithms.quantization.aqlm.tuning import TUNED, finetune
 from algorithms.quantization.aqlm.weight import stored_bits
+from algorithms.workload import ModelShapes, Workload
 
 # Keys that change how a calibration runs, not what comes out of it beyond rounding: an out-of-memory remedy keeps all blocks.
 _NOT_SHAPING = {
@@ -23,6 +24,9 @@ _NOT_SHAPING = {
     "trust_remote_code", "use_fast_tokenizer", "new_eval", "exp_name", "devices", "load", "on_save", "use_faiss", "wandb", "lr",
     "num_samples", "sequence_length", "validation_size",
 }  # fmt: skip
+
+
+_ROUNDS, _KMEANS_ITERATIONS = 12, 30  # of a fit, as they usually come out
 
 
 class Aqlm(CompressionAlgorithm):
@@ -79,6 +83,23 @@ class Aqlm(CompressionAlgorithm):
                 settings={"exports": list(self.exports)},
             ),
         )
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """Calibration: the walk with its tuning, and every weight's share of scoring all codewords, round after round."""
+        config, tuning, shapes = self._calibration, self._tuning, ModelShapes.of(source)
+        scores = 2.0 * config.num_codebooks * 2**config.bits_per_codebook
+        rounds = _ROUNDS * config.beam_size + _KMEANS_ITERATIONS
+        fits = shapes.blocks * shapes.block_parameters * (scores * rounds + 2.0 * _ROUNDS * shapes.hidden)
+        walk = shapes.walk(tokens["calibration"], tuning_epochs=config.finetune_max_epochs)
+        found = {"calibration": walk.plus(fits)}
+        if tuning is not None:
+            found["finetune"] = shapes.distillation(
+                tokens["finetune"],
+                epochs=tuning.max_epochs,
+                sequences=tuning.microbatch_size or tuning.batch_size,
+                length=tuning.sequence_length,
+            )
+        return found
 
     def open(self, artifact: Artifact) -> nn.Module:
         """A calibration, tuned or not, or a converted checkpoint as a float32 model."""

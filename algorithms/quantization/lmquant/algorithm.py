@@ -19,6 +19,7 @@ from algorithms.quantization.lmquant.consistency import qserve_obstacle
 from algorithms.quantization.lmquant.pipelines import cache_ranges, pipeline_of, setting_of
 from algorithms.quantization.lmquant.serving import check_heads, notes_for, serving_of
 from algorithms.quantization.lmquant.settings import Settings
+from algorithms.workload import Workload
 
 QSERVE, DENSE = "qserve", "dense"
 _SERVED_INPUT_BITS = 8
@@ -58,6 +59,10 @@ class Lmquant(CompressionAlgorithm):
     def stages(self) -> Sequence[StageSpec]:
         """Calibration and conversion."""
         return self._pipeline.specs()
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """Of the calibration; see :meth:`Pipeline.workloads`."""
+        return self._pipeline.workloads(source, tokens)
 
     def open(self, artifact: Artifact) -> nn.Module:
         """A calibration or an export as a float32 model, with activations as they are."""

@@ -17,6 +17,7 @@ from algorithms.quantization.spqr.calibration import fit, splits
 from algorithms.quantization.spqr.config import SpqrConfig
 from algorithms.quantization.spqr.conversion import FORMATS, check_exports, exporters, read_export
 from algorithms.quantization.spqr.weight import stored_bits, tunable, tuned
+from algorithms.workload import Workload
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,10 @@ class Spqr(CompressionAlgorithm):
     def stages(self) -> Sequence[StageSpec]:
         """Calibration and conversion."""
         return self._pipeline.specs()
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """Of the calibration; see :meth:`Pipeline.workloads`."""
+        return self._pipeline.workloads(source, tokens)
 
     def open(self, artifact: Artifact) -> nn.Module:
         """A calibration or an export as a float32 model."""
