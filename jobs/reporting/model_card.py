@@ -21,6 +21,7 @@ _INSTALL = {
     "gptq": "pip install gptqmodel",
     "auto-round": "pip install auto-round",
     "gguf": "pip install gguf",
+    "peft": "pip install peft",
 }
 
 
@@ -31,9 +32,8 @@ _LOADING = {
     "ragged": "model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).to(device)",
     "spqr": "model = load_packed(Path(folder)).to(device)",
     "reallm": "model = load_packed(Path(folder)).to(device)",
-    "peft": (
-        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=dtype), folder).to(device)'
-    ),
+    "peft": 'base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=dtype)\n'
+    "model = PeftModel.from_pretrained(base, folder).to(device)",
 }
 # transformers asks before it reads even the tokenizer of a folder with code in it.
 _PLAIN_TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained(folder)"

@@ -1,8 +1,8 @@
 """ReALLM weights as PEFT reads them: a dense model of the residuals, and a LoRA adapter with DoRA magnitudes over it.
 
 In the folder: adapter_config.json and adapter_model.safetensors, and the residual model, an ordinary one, in ``base``. With
-lora_alpha = r PEFT's scale is 1, so that B = L1 and A = L2. A linear without a low-rank part gets one of rank 1 that is zero: PEFT
-has DoRA magnitudes for no other.
+lora_alpha = r PEFT's scale is 1, so that B = L1 and A = L2. A linear without a low-rank part gets one of rank 1 that is zero:
+PEFT has DoRA magnitudes for no other.
 """
 
 from __future__ import annotations
