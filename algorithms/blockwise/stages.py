@@ -24,7 +24,7 @@ from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, folder_digest
 from algorithms.modeling.source import ModelSource
 
-_TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def _streams(context: StageContext, source: ModelSource, how: Calibration) -> St
     reference, rest, validation = embed(
         source,
         [context.ranks.mine(sequences) for sequences in (followed, others, context.validation_tokens)],
-        batch_size=max(1, _TOKENS_PER_BATCH // how.sequence_length),
+        batch_size=max(1, TOKENS_PER_BATCH // how.sequence_length),
         device=context.device,
         offload=how.offload,
         dtype=torch.float32 if how.dtype == "auto" else getattr(torch, how.dtype),

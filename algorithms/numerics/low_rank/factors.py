@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from algorithms.numerics.bit_packing import pack_bits, unpack_bits
+from algorithms.numerics.bit_packing import WORD, pack_bits, packed_words, unpack_bits
 from algorithms.numerics.residuals.coder import stored_bits
 
 HALF = 16
@@ -57,6 +57,13 @@ class LowRank:
     def bits_by_component(self) -> Mapping[str, int]:
         """Bits of all that is stored."""
         return {"low_rank": sum(stored_bits(tensor) for tensor in self.tensors().values())}
+
+    @staticmethod
+    def stored_size(shape: tuple[int, int], rank: int, bits: int) -> int:
+        """Bits that factors of this rank take, of a matrix of ``shape`` (O, I)."""
+        if bits == HALF:
+            return HALF * rank * sum(shape)
+        return sum(WORD * packed_words(rank * side, bits) for side in shape) + HALF * rank
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bits: int) -> LowRank:

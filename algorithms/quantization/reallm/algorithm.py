@@ -1,4 +1,4 @@
-"""ReALLM: a coded residual, a low-rank part and magnitudes for every matrix, tuned by block and as a whole (arXiv 2405.13155)."""
+"""ReALLM: a coded residual, a low-rank part and magnitudes for every matrix, and their tuning (arXiv 2405.13155)."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Fits:
             loaded = self._store.load(fresh.index)
             if loaded is None:
                 raise ValueError(
-                    f"block {fresh.index} of {self._store.directory} is missing or damaged; run the job again with overwrite: true"
+                    f"block {fresh.index} of {self._store.directory} is missing or damaged; run again with overwrite: true"
                 )
             device = next(fresh.block.parameters()).device
             tensors = moved(loaded[0], device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from algorithms.blockwise.config import NOT_SHAPING, BlockwiseParameters
 from algorithms.finetuning.distillation_keys import Names
@@ -53,7 +53,7 @@ class ReallmConfig(BlockwiseParameters):
     num_bits: Annotated[int, BeforeValidator(Whole(1, 8))] = 2  # a weight
     bucket: Annotated[int, BeforeValidator(Whole(1, 16))] = 2  # weights that share a code
     permute: Flag = False
-    nerv: dict[str, object] = {}
+    nerv: dict[str, object] = Field(default_factory=dict)
 
     target_bits: Annotated[float | None, BeforeValidator(Nullable(Real(above=0.0, below=16.0)))] = None
 

@@ -20,8 +20,8 @@ _GLOBAL_RATE = 2e-3
 class LowRankTuningConfig(BlockTuningKeys):
     """Steps are Adam's peak steps in shares of a tensor's size; null leaves those tensors as they are.
 
-    ``lr`` is one absolute rate, as in the paper's code, in the place of all steps that are not null. With ``refit`` every linear
-    is coded once more, from what the calibration made of it on, under the inputs that tuned blocks give.
+    ``lr`` is one absolute rate, as in the paper's code, in the place of all steps that are not null. With ``refit`` every
+    linear is coded once more, from what the calibration made of it on, under the inputs that tuned blocks give.
     """
 
     max_epochs: Annotated[int, BeforeValidator(Whole(1))] = 8
