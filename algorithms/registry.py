@@ -89,9 +89,6 @@ REGISTRY = (
     ),
 )
 
-# Names that recipes of this family use and that this version cannot run: told apart from typing errors.
-PLANNED: tuple[str, ...] = ()
-
 
 def rows() -> tuple[Row, ...]:
     """Every algorithm of this version."""
@@ -107,7 +104,7 @@ def find(name: str) -> Row:
     for row in REGISTRY:
         if name in (row.name, *row.aliases):
             return row
-    raise UnknownAlgorithm(name, [row.name for row in REGISTRY], planned=name in PLANNED)
+    raise UnknownAlgorithm(name, [row.name for row in REGISTRY])
 
 
 def config_class(name: str) -> type[AlgorithmParameters]:

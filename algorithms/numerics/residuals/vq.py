@@ -74,7 +74,10 @@ class VectorCoder:
         generator: torch.Generator,
         previous: CodedResidual | None = None,
     ) -> VectorCodes:
-        """Code one residual; an earlier coding gives the codebook, and the order of columns."""
+        """Code one residual; an earlier coding gives the codebook, and the order of columns.
+
+        Its codes are not gone on from: a new sweep finds more than old codes that are improved, which end where they began.
+        """
         settings = self._settings
         factor, order = self._factors.of(hessian, residual.shape[1], residual)
         padded = padded_rows(residual, settings.bucket)

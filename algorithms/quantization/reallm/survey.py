@@ -45,7 +45,7 @@ _CODES: Mapping[str, Sequence[tuple[int, int]]] = {
     AQLM: ((4, 4), (6, 4), (8, 4), (4, 2), (6, 2), (8, 2), (12, 4), (16, 4), (16, 8), (24, 8)),
 }
 _PROBE = {VQ: (4, 2), NF: (3, 1), AQLM: (4, 2)}  # the code that ranks are measured with
-_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+_RANKS = (1, 4, 16, 64)
 _CLOSE = 0.01  # bits a weight within which a budget counts as met
 
 
