@@ -99,7 +99,8 @@ def test_a_killed_tuning_resumes_at_its_block_with_the_same_result(tmp_path):
 
 def test_each_stage_comes_nearer_to_the_original(tmp_path):
     source = ModelSource(confident(save_family(tmp_path / "base", "llama")))
-    algorithm = reallm(**TUNED | {"block_tuning": {"max_epochs": 6, "batch_size": 2}})
+    whole = {"nsamples": 64, "model_seqlen": 16, "max_epochs": 3, "batch_size": 8, "val_size": 8}
+    algorithm = reallm(block_tuning={"max_epochs": 6, "batch_size": 2}, global_tuning=whole)
     assert [(spec.name, spec.directory) for spec in algorithm.stages()] == [
         ("calibration", "calibration"),
         ("finetune_bloc", "finetune_bloc"),
