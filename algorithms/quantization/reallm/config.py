@@ -86,6 +86,13 @@ class ReallmConfig(BlockwiseParameters):
             raise expected(f"at most {most // num_bits}: num_bits times bucket is the width of a code, at most {most} bits")
         return value
 
+    @field_validator("target_bits")
+    @classmethod
+    def _there_are_shapes_to_choose(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("residual") == NERV:
+            raise expected("null with residual: nerv, of which no shapes are surveyed")
+        return value
+
     @field_validator("num_bits")
     @classmethod
     def _normal_floats_have_tables(cls, value: int, info: ValidationInfo) -> int:

@@ -27,6 +27,7 @@ def test_defaults_are_the_recipe_of_two_bits_with_block_tuning():
         ({"residual": "pq"}, "one of vq, nf, aqlm, nerv"),
         ({"num_bits": 8, "bucket": 2}, "at most 1: num_bits times bucket"),
         ({"residual": "nf", "num_bits": 5}, "2, 3 or 4 with residual: nf"),
+        ({"residual": "nerv", "target_bits": 3.0}, "null with residual: nerv"),
         ({"low_rank_bits": 12}, "from 4 to 8, or 16"),
         ({"rank": -1}, "at least 0"),
         ({"target_bits": 0}, "above 0"),
