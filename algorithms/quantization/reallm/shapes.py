@@ -26,23 +26,25 @@ class Shape:
     bucket: int
 
 
-_CODERS: Mapping[str, Callable[[Shape, ReallmConfig], ResidualCoder]] = {
-    VQ: lambda shape, config: VectorCoder(
-        VectorSettings(code_bits=shape.code_bits, bucket=shape.bucket, permutes=config.permute)
+# A survey compares codes, which the sweep alone ranks as the whole fit would: in half its time.
+_ROUNDS, _SURVEYED_ROUNDS = 1, 0
+_CODERS: Mapping[str, Callable[[Shape, ReallmConfig, int], ResidualCoder]] = {
+    VQ: lambda shape, config, rounds: VectorCoder(
+        VectorSettings(code_bits=shape.code_bits, bucket=shape.bucket, permutes=config.permute, rounds=rounds)
     ),
-    NF: lambda shape, config: NormalFloatCoder(shape.code_bits),
-    AQLM: lambda shape, config: AdditiveCoder(shape.code_bits, shape.bucket),
+    NF: lambda shape, config, rounds: NormalFloatCoder(shape.code_bits, rounds),
+    AQLM: lambda shape, config, rounds: AdditiveCoder(shape.code_bits, shape.bucket),
 }
 
 
-def coder(shape: Shape, config: ReallmConfig) -> ResidualCoder:
-    """The coder of residuals that a recipe names, for one shape.
+def coder(shape: Shape, config: ReallmConfig, *, surveys: bool = False) -> ResidualCoder:
+    """The coder of residuals that a recipe names, for one shape; one that only ``surveys`` fits less closely.
 
     Raises:
         ValueError: this version has no such coder.
     """
     check_residual(config)
-    return _CODERS[config.residual](shape, config)
+    return _CODERS[config.residual](shape, config, _SURVEYED_ROUNDS if surveys else _ROUNDS)
 
 
 def check_residual(config: ReallmConfig) -> None:

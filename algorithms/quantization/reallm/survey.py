@@ -180,7 +180,13 @@ def measure(matrix: Tensor, hessian: Tensor, config: ReallmConfig, where: Sequen
         generator = keyed_generator(config.seed, "reallm survey", *where)
         at = Shape(rank=rank, code_bits=code[0], bucket=code[1])
         found = alternate(
-            matrix, hessian, coder(at, config), generator, rank=rank, factor_bits=config.low_rank_bits, iterations=1
+            matrix,
+            hessian,
+            coder(at, config, surveys=True),
+            generator,
+            rank=rank,
+            factor_bits=config.low_rank_bits,
+            iterations=1,
         )
         weight = LowRankWeight.of(
             replace(found, low_rank=LowRank.zero(shape, config.low_rank_bits, matrix.device)), config.residual
