@@ -74,6 +74,13 @@ REGISTRY = (
         summary="additive quantization, 2 to 4 bits a weight: learned codebooks, block tuning",
     ),
     Row(
+        name="ReALLM",
+        aliases=("REALLM", "reallm"),
+        config_path="algorithms.quantization.reallm.config:ReallmConfig",
+        class_path="algorithms.quantization.reallm.algorithm:Reallm",
+        summary="a vector-quantized residual and a low-rank part, about 3 bits a weight; goes on as a DoRA adapter in PEFT",
+    ),
+    Row(
         name="TensorRTLLM",
         aliases=("tensorrtllm",),
         config_path="algorithms.engines.tensorrt_llm.config:TensorRtLlmConfig",
@@ -81,9 +88,6 @@ REGISTRY = (
         summary="engines for NVIDIA GPUs by NVIDIA's own programs, which it calls where they are installed",
     ),
 )
-
-# Names that recipes of this family use and that this version cannot run: told apart from typing errors.
-PLANNED = ("ReALLM",)
 
 
 def rows() -> tuple[Row, ...]:
@@ -100,7 +104,7 @@ def find(name: str) -> Row:
     for row in REGISTRY:
         if name in (row.name, *row.aliases):
             return row
-    raise UnknownAlgorithm(name, [row.name for row in REGISTRY], planned=name in PLANNED)
+    raise UnknownAlgorithm(name, [row.name for row in REGISTRY])
 
 
 def config_class(name: str) -> type[AlgorithmParameters]:

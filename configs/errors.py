@@ -66,19 +66,14 @@ class RecipeError(ValueError):
 
 
 class UnknownAlgorithm(KeyError):  # noqa: N818 - the name that the loader's contract gives it
-    """A name that no row of the registry has.
+    """A name that no row of the registry has; ``known`` lists what this version offers."""
 
-    ``known`` lists what this version offers; ``planned`` says that the name is an algorithm, but not one of this version.
-    """
-
-    def __init__(self, name: str, known: Sequence[str], *, planned: bool = False) -> None:
-        self.name, self.known, self.planned = name, tuple(known), planned
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        self.name, self.known = name, tuple(known)
         super().__init__(name)
 
     def __str__(self) -> str:
         listed = ", ".join(self.known)
-        if self.planned:
-            return f"{self.name} is not in this version, which has: {listed}"
         return f"{self.name} is no algorithm; this version has: {listed}"
 
 

@@ -137,9 +137,8 @@ class _Algorithm:
             if self._plugin_config(name) is self.config:
                 return True
         except UnknownAlgorithm as error:
-            if not error.planned:
-                self._document.problem((BLOCK, name), block, f"the block of an algorithm ({error})", self.key)
-                return False
+            self._document.problem((BLOCK, name), block, f"the block of an algorithm ({error})", self.key)
+            return False
         self._unused.append(name)
         return False
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from algorithms.blockwise.stages import round_to_storage
-from algorithms.finetuning.config import BlockTuningConfig
-from algorithms.finetuning.learned_rounding import RoundingLinear, tune_rounding
+from algorithms.finetuning.block_tuning import TuningReport
+from algorithms.finetuning.config import BlockTuningKeys
+from algorithms.finetuning.learned_rounding import tune_rounding
+from algorithms.finetuning.tunable import TunableLinear
 from algorithms.formats.checkpoint import DenseState
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.activations import Activations
@@ -57,7 +59,8 @@ class Method(Generic[Weight]):
     ``fit`` turns the wanted weights [O, I] of linears that share an input into stored ones, given that input's statistics and
     how the rows of each weight are spread over processes. ``pack`` gives a weight's tensors under a prefix, ``dense_state``
     decodes all that are among a block's, ``stored_bits`` counts them. ``tunable`` makes a linear under training from a stored
-    weight, the wanted one and a bias, and ``tuned`` the stored weight again. ``name`` keys the randomness. With ``join``, the
+    weight, the wanted one and a bias, ``tuned`` the stored weight again, and ``tune`` trains a block of them with the recipe's
+    keys. ``name`` keys the randomness. With ``join``, the
     rows of a matrix can be fitted apart from each other, ``rows_together`` and their multiples at a time, and it puts such
     parts together again, in their order. ``prepare`` changes a block before its groups are fitted, without changing what it
     computes (see :meth:`algorithms.modeling.block_loop.BlockCompressor.prepare_block`), and returns figures for its report.
@@ -69,8 +72,9 @@ class Method(Generic[Weight]):
     pack: Callable[[Weight, str], Mapping[str, Tensor]]
     dense_state: DenseState
     stored_bits: Callable[[Weight], Mapping[str, int]]
-    tunable: Callable[[Weight, Tensor, Tensor | None], RoundingLinear]
-    tuned: Callable[[RoundingLinear, Weight], Weight]
+    tunable: Callable[[Weight, Tensor, Tensor | None], TunableLinear]
+    tuned: Callable[[Any, Weight], Weight]
+    tune: Callable[[int, nn.Module, BlockData, Any, torch.Generator], TuningReport] = tune_rounding
     join: Callable[[Sequence[Weight]], Weight] | None = None
     rows_together: int = 1
     prepare: Callable[[FreshBlock], Mapping[str, object]] | None = None
@@ -114,7 +118,7 @@ class CodedCompressor(Generic[Weight]):
         method: Method[Weight],
         architecture: ModelArchitecture,
         *,
-        tuning: BlockTuningConfig | None,
+        tuning: BlockTuningKeys | None,
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -207,7 +211,7 @@ class CodedCompressor(Generic[Weight]):
         report: dict[str, object] = {"index": index, "linears": self._reports, **self._prepared}
         if data is not None and self._tuning is not None:
             generator = keyed_generator(self._seed, self._method.name, index, "tuning", *self._ranks.key)
-            report["tuning"] = asdict(tune_rounding(index, block, data, self._tuning, generator))
+            report["tuning"] = asdict(self._method.tune(index, block, data, self._tuning, generator))
             self._replace_tuned(block)
             report["output_error"] = data.output_error(block, index)
         report["cpu_seconds"] = time.process_time() - self._started
@@ -233,7 +237,7 @@ class CodedCompressor(Generic[Weight]):
 
     def _replace_tuned(self, block: nn.Module) -> None:
         for name, module in list(block.named_modules()):
-            if isinstance(module, RoundingLinear):
+            if isinstance(module, TunableLinear):
                 self._stored[name] = self._method.tuned(module, self._stored[name])
                 block.set_submodule(name, _Finished(self._stored[name], module.bias))
         self._serve(block)

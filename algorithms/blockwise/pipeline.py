@@ -115,28 +115,28 @@ class Pipeline(Generic[Weight]):
             name=self.method.name,
             kind=self.calibrated_kind,
             follows_original=config.targets == "original",
-            reference_sequences=self._reference_sequences(source),
+            reference_sequences=followed_sequences(config, source, tunes=config.block_tuning is not None),
             sequential=config.true_sequential,
             sequence_length=config.sequence_length,
             dtype=config.dtype,
             offload=config.offload_activations,
-            facts=lambda reports: {"bits": {**_total(reports), **_added(context.source, source)}},
+            facts=lambda reports: {"bits": {**total_bits(reports), **_added(context.source, source)}},
         )
         return stages.calibrate(context, source, compressor, how)
-
-    def _reference_sequences(self, source: ModelSource) -> int | None:
-        """Sequences whose original hidden states are followed; None for all, of which block tuning makes its targets."""
-        config = self.config
-        if config.block_tuning is not None or config.reference_samples is not None:
-            return None if config.block_tuning is not None else config.reference_samples
-        widest = max(columns for _, columns in linear_shapes(source).values())
-        return -(-_TOKENS_PER_INPUT * widest // config.sequence_length)
 
     def _convert(self, context: StageContext, artifact: Artifact) -> Artifact:
         for name, value in {BITS: self.bits(artifact), **self.extras(artifact.directory)}.items():
             atomic_write_json(context.output_dir / name, value)
         kind = f"{self.method.name}-conversion"
         return stages.convert(context, artifact, kind=kind, exports=self.exports, exporters=self.exporters)
+
+
+def followed_sequences(config: BlockwiseParameters, source: ModelSource, *, tunes: bool) -> int | None:
+    """Sequences whose original hidden states are followed; None for all, of which block tuning makes its targets."""
+    if tunes or config.reference_samples is not None:
+        return None if tunes else config.reference_samples
+    widest = max(columns for _, columns in linear_shapes(source).values())
+    return -(-_TOKENS_PER_INPUT * widest // config.sequence_length)
 
 
 def linear_shapes(source: ModelSource) -> dict[str, tuple[int, int]]:
@@ -168,7 +168,8 @@ def _added(original: ModelSource, viewed: ModelSource) -> Mapping[str, int]:
     return {"added": 16 * added} if added else {}
 
 
-def _total(reports: Sequence[Mapping[str, object]]) -> Mapping[str, float]:
+def total_bits(reports: Sequence[Mapping[str, object]]) -> Mapping[str, float]:
+    """Stored bits by component of all linears in blocks' reports, and ``parameters``, the number of weights they hold."""
     totals: Counter[str] = Counter()
     for report in reports:
         linears = report["linears"]

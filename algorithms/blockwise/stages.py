@@ -25,7 +25,7 @@ from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, fo
 from algorithms.modeling.on_demand import folder_on_demand, on_demand, resident
 from algorithms.modeling.source import ModelSource
 
-_TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def _streams(context: StageContext, source: ModelSource, how: Calibration) -> St
     reference, rest, validation = embed(
         source,
         [context.ranks.mine(sequences) for sequences in (followed, others, context.validation_tokens)],
-        batch_size=max(1, _TOKENS_PER_BATCH // how.sequence_length),
+        batch_size=max(1, TOKENS_PER_BATCH // how.sequence_length),
         device=context.device,
         offload=how.offload,
         dtype=torch.float32 if how.dtype == "auto" else getattr(torch, how.dtype),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from algorithms.finetuning.config import BlockTuningKeys
 from algorithms.finetuning.tunable import TunableLinear
 from algorithms.modeling.block_loop import BlockData
 from algorithms.parallel.ranks import Ranks
@@ -20,6 +21,7 @@ from algorithms.parallel.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 _WARMUP_STEPS = 5
+_TUNING_TOKENS = 2048  # of a micro-batch, where the recipe leaves its size open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,21 @@ class TuningSettings:
     keep_best: bool = True
     recompute: bool = False
     log_every: int = 10
+
+
+def tuning_settings(
+    config: BlockTuningKeys, sequence_length: int, *, betas: tuple[float, float] = (0.9, 0.95)
+) -> TuningSettings:
+    """The keys of a recipe as :func:`tune_block` understands them, for sequences of so many tokens."""
+    return TuningSettings(
+        max_epochs=config.max_epochs,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size or max(1, _TUNING_TOKENS // sequence_length),
+        betas=betas,
+        early_stop=config.early_stop,
+        keep_best=config.keep_best,
+        recompute=config.use_checkpointing,
+    )
 
 
 @dataclass(kw_only=True)

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from algorithms.finetuning.block_tuning import TuningReport, TuningSettings, tune_block
+from algorithms.finetuning.block_tuning import TuningReport, tune_block, tuning_settings
 from algorithms.finetuning.config import BlockTuningConfig
 from algorithms.finetuning.tunable import TunableLinear
 from algorithms.modeling.block_loop import BlockData
 
-_TUNING_TOKENS = 2048
 _BETAS = (0.9, 0.999)
 # A position is never on the edge itself: a first step of noise would turn it.
 _MOST_FRACTION = 0.45
@@ -104,15 +103,7 @@ def tune_rounding(
     index: int, block: nn.Module, data: BlockData, config: BlockTuningConfig, generator: torch.Generator
 ) -> TuningReport:
     """Tune a block whose linears are :class:`RoundingLinear`; see :func:`algorithms.finetuning.block_tuning.tune_block`."""
-    settings = TuningSettings(
-        max_epochs=config.max_epochs,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size or max(1, _TUNING_TOKENS // data.sequence_length),
-        early_stop=config.early_stop,
-        keep_best=config.keep_best,
-        recompute=config.use_checkpointing,
-        betas=_BETAS,
-    )
+    settings = tuning_settings(config, data.sequence_length, betas=_BETAS)
     return tune_block(index, block, data, learning_rates(block, config), settings, generator)
 
 

@@ -69,7 +69,7 @@ def recover(
         cached=config.teacher_cache,
         micro_batch_size=config.micro_batch_size,
     )
-    history = distilled(context, source, student, split, settings=_loop_settings(config), teaching=teaching, how=how)
+    history = distilled(context, source, student, split, settings=LoopSettings.of(config), teaching=teaching, how=how)
     student.finish()
     return history
 
@@ -98,21 +98,6 @@ def _dense_settings(config: RecoveryConfig, keeps_zeros: bool) -> DenseSettings:
         max_grad_norm=config.max_grad_norm,
         # Adapters have zeros to start with; they see to the weights' themselves.
         keeps_zeros=keeps_zeros and config.method == "full",
-    )
-
-
-def _loop_settings(config: RecoveryConfig) -> LoopSettings:
-    return LoopSettings(
-        max_epochs=config.max_epochs,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        schedule=config.lr_schedule,
-        warmup_steps=config.warmup_steps,
-        evaluate_every=config.eval_every_steps,
-        save_every=config.save_every_steps,
-        print_every=config.print_every_steps,
-        keep_best=config.keep_best,
-        seed=config.seed,
     )
 
 

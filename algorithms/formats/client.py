@@ -24,6 +24,7 @@ _PACKAGES = {
     "auto-round": ("auto_round",),
     "compressed-tensors": ("compressed_tensors",),
     "gguf": ("gguf",),
+    "peft": ("peft",),
 }
 _ELSEWHERE = {
     "awq": "gptqmodel and vLLM read it, and neither installs beside this project's torch and transformers",
@@ -57,6 +58,15 @@ def load(client_format: str, directory: Path) -> torch.nn.Module:
         from algorithms.formats.spqr.packed import load_packed
 
         return load_packed(directory)
+    if client_format == "reallm":
+        from algorithms.formats.reallm.packed import load_packed as load_reallm
+
+        return load_reallm(directory)
+    if client_format == "peft":
+        from peft import PeftModel
+
+        base = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+        return PeftModel.from_pretrained(base, directory).eval()
     if client_format == "ragged":
         from algorithms.formats.pruned.ragged import load_shipped
 

@@ -38,18 +38,17 @@ class AlgorithmBlock:
         return (self.name, *self.aliases)
 
 
-def recipe_schema(algorithms: Sequence[AlgorithmBlock], planned: Sequence[str] = ()) -> Schema:
+def recipe_schema(algorithms: Sequence[AlgorithmBlock]) -> Schema:
     """The JSON schema of recipes.
 
     Args:
         algorithms: every algorithm.
-        planned: names whose blocks are passed over, as those of other algorithms than the recipe's are.
     """
     blocks = _Blocks()
     properties = _properties(Recipe, blocks)
     names = [name for algorithm in algorithms for name in algorithm.names]
     properties["ALGORITHM"] = {"description": properties["ALGORITHM"]["description"], **any_of({"enum": names}, REFERENCE)}
-    properties[BLOCK] = _any_parameters([*names, *planned])
+    properties[BLOCK] = _any_parameters(names)
     properties |= {key: {"description": f"No effect: {reason}"} for key, reason in IGNORED.items()}
     properties |= {key: {"description": reason, "enum": list(UNSET_VALUES)} for key, reason in REFUSED.items()}
     properties |= {spelling: properties[key] for spelling, key in SPELLINGS.items()}

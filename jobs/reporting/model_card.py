@@ -22,6 +22,7 @@ _INSTALL = {
     "gptq": "pip install gptqmodel",
     "auto-round": "pip install auto-round",
     "gguf": "pip install gguf",
+    "peft": "pip install peft",
 }
 
 
@@ -31,11 +32,18 @@ _LOADING = {
     "gguf": 'model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=dtype).to(device)',
     "ragged": "model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).to(device)",
     "spqr": "model = load_packed(Path(folder)).to(device)",
+    "reallm": "model = load_packed(Path(folder)).to(device)",
+    "peft": 'base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=dtype)\n'
+    "model = PeftModel.from_pretrained(base, folder).to(device)",
 }
 # transformers asks before it reads even the tokenizer of a folder with code in it.
 _PLAIN_TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained(folder)"
 _TOKENIZERS = {"ragged": "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)"}
-_IMPORTS = {"spqr": ("from pathlib import Path", "from algorithms.formats.spqr.packed import load_packed  # of Bitpress")}
+_IMPORTS = {
+    "spqr": ("from pathlib import Path", "from algorithms.formats.spqr.packed import load_packed  # of Bitpress"),
+    "reallm": ("from pathlib import Path", "from algorithms.formats.reallm.packed import load_packed  # of Bitpress"),
+    "peft": ("from peft import PeftModel",),
+}
 _NOTES = {
     "awq": "The layout is that of vLLM and of transformers with gptqmodel, by their sources; neither was run on this folder.",
     "gptq": "The layout is that of vLLM and of transformers with gptqmodel, by their sources; neither was run on this folder.",
@@ -46,6 +54,8 @@ _NOTES = {
         "Every block has widths of its own, which no class of transformers has: `trust_remote_code=True` makes transformers "
         "run `modeling_ragged.py` of this folder, so read it first; it is short. Servers with their own models do not load it."
     ),
+    "peft": "`base` holds the coded residuals alone, decoded: without the adapter it is no usable model.",
+    "reallm": "transformers alone does not know this layout and would start from random weights.",
     "spqr": "transformers alone does not know this layout and would start from random weights.",
     "qserve": "QServe and SGLang read this folder, on CUDA; transformers does not. Neither was run on it.",
     "spqr-tiles": "The `spqr_quant` package reads these tensors, on CUDA in float16 alone; transformers 5 does not load them.",

@@ -23,6 +23,7 @@ from algorithms.finetuning.distillation.loss import kl_divergence
 from algorithms.finetuning.distillation.sharding import local, set_summing
 from algorithms.finetuning.distillation.student import StepReport, Student
 from algorithms.finetuning.distillation.teacher import Autocast, Teacher, counted
+from algorithms.finetuning.distillation_keys import DistillationKeys
 from algorithms.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,22 @@ class LoopSettings:
     keep_best: bool = False
     sums_once: bool = False
     seed: int = 0
+
+    @classmethod
+    def of(cls, config: DistillationKeys) -> LoopSettings:
+        """The keys of a recipe as the loop understands them."""
+        return cls(
+            max_epochs=config.max_epochs,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+            evaluate_every=config.eval_every_steps,
+            save_every=config.save_every_steps,
+            print_every=config.print_every_steps,
+            keep_best=config.keep_best,
+            seed=config.seed,
+        )
 
     def factor(self, step: int, steps: int) -> float:
         """Of the learning rates at a step, from 0."""
@@ -231,7 +248,7 @@ class _Run:
         targets = self._teacher.targets(batch)
         with self._around.autocast():
             logits = self._student.model(input_ids=batch.tokens, use_cache=False).logits
-        return kl_divergence(counted(logits, batch.mask), targets)
+        return kl_divergence(counted(logits, self._teacher.judged(batch)), targets)
 
     def _skip(self, loss: float) -> None:
         """Leave a step out whose loss or gradient is not finite; several in a row end the tuning."""

@@ -15,7 +15,14 @@ from algorithms.finetuning.distillation.batches import steps_per_epoch
 from algorithms.finetuning.distillation.loop import History, LoopSettings, Surroundings, distill
 from algorithms.finetuning.distillation.models import Computation, computed_dtype, teacher_model
 from algorithms.finetuning.distillation.student import Student
-from algorithms.finetuning.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, cached_tokens, fill_cache
+from algorithms.finetuning.distillation.teacher import (
+    CachedTeacher,
+    LiveTeacher,
+    Teacher,
+    TextTeacher,
+    cached_tokens,
+    fill_cache,
+)
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.randomness import keyed_generator
 
@@ -29,7 +36,7 @@ class Teaching:
     """How a stage puts the original model up, and how it speaks of itself.
 
     ``key`` is that of the recipe's block. The teacher is read in ``load_dtype``; ``cached`` keeps so many tokens of every
-    position instead of running it in every step.
+    position instead of running it in every step. With ``from_text`` there is none: the text's own next tokens are learnt.
     """
 
     name: str
@@ -38,6 +45,7 @@ class Teaching:
     load_dtype: str
     cached: int | None
     micro_batch_size: int | None
+    from_text: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +146,8 @@ def clear(directory: Path) -> None:
 def _teacher(
     context: StageContext, source: ModelSource, teaching: Teaching, how: Computation, sequences: Sequence[Tensor]
 ) -> Teacher:
+    if teaching.from_text:
+        return TextTeacher()
     cache = context.output_dir / _CACHE
     if teaching.cached is not None and context.ranks.from_main(cached_tokens(cache)) == teaching.cached:
         return CachedTeacher(cache)

@@ -31,7 +31,11 @@ class Teacher(Protocol):
     """What the student's logits are compared with."""
 
     def targets(self, batch: MicroBatch) -> Tensor | TopLogits:
-        """The teacher's word on the positions of a batch that count, in the order of the mask, on the batch's device."""
+        """The teacher's word on the positions that it judges, in the order of the mask, on the batch's device."""
+        ...
+
+    def judged(self, batch: MicroBatch) -> Tensor:
+        """The positions of a batch on which it has a word, [b, length] bool: those that count, or some of them."""
         ...
 
 
@@ -58,6 +62,24 @@ class LiveTeacher:
             logits = self._model(input_ids=batch.tokens, use_cache=False).logits
         return counted(logits, batch.mask)
 
+    def judged(self, batch: MicroBatch) -> Tensor:
+        """All positions that count."""
+        return batch.mask
+
+
+class TextTeacher:
+    """The text itself: all probability is on the token that follows, and the divergence is a causal LM's own loss."""
+
+    def targets(self, batch: MicroBatch) -> TopLogits:
+        """The next tokens of all positions that have one."""
+        following = batch.tokens.roll(-1, dims=1)[self.judged(batch)][:, None]
+        certain = torch.zeros(following.shape, device=following.device)
+        return TopLogits(log_probabilities=certain, tokens=following, tail=certain[:, 0])
+
+    def judged(self, batch: MicroBatch) -> Tensor:
+        """Every position that counts and is followed by one that does."""
+        return batch.mask & torch.nn.functional.pad(batch.mask[:, 1:], (0, 1))
+
 
 class CachedTeacher:
     """Reads what :func:`fill_cache` has kept.
@@ -77,6 +99,10 @@ class CachedTeacher:
             nothing = torch.empty(0, 1, device=device)
             return TopLogits(log_probabilities=nothing, tokens=nothing.int(), tail=nothing[:, 0])
         return TopLogits(**{name: torch.cat([tensors[name] for tensors in kept]).to(device) for name in _KEPT})
+
+    def judged(self, batch: MicroBatch) -> Tensor:
+        """All positions that count."""
+        return batch.mask
 
     def _read(self, number: int) -> dict[str, Tensor]:
         return load_file(self._directory / f"{number}.safetensors")

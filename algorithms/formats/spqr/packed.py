@@ -1,4 +1,4 @@
-"""Our own packed layout of SpQR weights, and the linear that computes from it.
+"""Our own packed layout of SpQR weights.
 
 No program reads every SpQR setting, so the layout is ours and says everything itself. For a linear ``P`` of shape [O, I] with G
 groups a row, columns in sweep order:
@@ -12,15 +12,14 @@ bits and run of the scales and of the zeros. Columns and order are int16 in two'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from algorithms.formats.own.packed_linear import Layout, load_packed_by
 from algorithms.formats.storage import to_storage
-from algorithms.modeling.source import ModelError, ModelSource
 from algorithms.numerics.bit_packing import pack_bits, unpack_bits
 from algorithms.numerics.sparse_quantized import Outliers, SparseQuantized, Statistics
 
@@ -66,7 +65,10 @@ def pack(weight: SparseQuantized, prefix: str) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor], prefix: str) -> SparseQuantized:
     """The inverse of :func:`pack`."""
-    parts = linear_parts(tensors, prefix)
+    return _unpacked(linear_parts(tensors, prefix))
+
+
+def _unpacked(parts: Mapping[str, Tensor]) -> SparseQuantized:
     O, I, bits, group_size, *shapes = parts["shape"].tolist()
     order = parts.get("order")
     return SparseQuantized(
@@ -79,22 +81,8 @@ def unpack(tensors: Mapping[str, Tensor], prefix: str) -> SparseQuantized:
     )
 
 
-def linear_parts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors of one linear by the last part of their name."""
-    return {part: tensors[f"{prefix}.{part}"] for part in _PARTS if f"{prefix}.{part}" in tensors}
-
-
-def packed_linears(names: Sequence[str]) -> list[str]:
-    """The linears ``P`` whose ``P.outlier_offsets`` is among the names, sorted."""
-    return sorted(name.removesuffix(".outlier_offsets") for name in names if name.endswith(".outlier_offsets"))
-
-
-def dense_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in float32 in which every packed linear has become ``P.weight`` [O, I]."""
-    packed = packed_linears(list(tensors))
-    inside = {f"{prefix}.{part}" for prefix in packed for part in _PARTS}
-    state = {name: tensor.float() for name, tensor in tensors.items() if name not in inside}
-    return state | {f"{prefix}.weight": unpack(tensors, prefix).dequantize() for prefix in packed}
+LAYOUT = Layout(marker="outlier_offsets", parts=_PARTS, decode=lambda parts: _unpacked(parts).dequantize())
+linear_parts, packed_linears, dense_state = LAYOUT.of, LAYOUT.packed_linears, LAYOUT.dense_state
 
 
 def stored_bits(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
@@ -120,60 +108,9 @@ def quantization_config(*, bits: int, group_size: int, kept_modules: Sequence[st
     }
 
 
-class SpqrLinear(nn.Module):
-    """A linear whose buffers are the packed tensors; its weight is decoded at every call and never kept.
-
-    A change of dtype, as in ``model.to(torch.bfloat16)``, leaves the buffers as they are: their bits are the format.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
-        super().__init__()
-        for part, tensor in tensors.items():
-            self.register_buffer(part, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.out_features, self.in_features = tensors["shape"][:2].tolist()
-
-    def packed(self) -> SparseQuantized:
-        """The weight in its parts."""
-        return unpack({f".{part}": tensor for part, tensor in self.named_buffers()}, "")
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Outputs [..., O] of inputs [..., I] of any floating type."""
-        weight = self.packed().dequantize().to(hidden.dtype)
-        return F.linear(hidden, weight, None if self.bias is None else self.bias.to(hidden.dtype))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpqrLinear:
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for part, tensor in before.items():
-            moved = self.get_buffer(part)
-            if moved.dtype != tensor.dtype:
-                self._buffers[part] = tensor.to(moved.device)
-        return self
-
-
 def load_packed(folder: Path) -> nn.Module:
-    """The model of a folder of packed weights: float32, in evaluation mode, with :class:`SpqrLinear` for what is packed.
-
-    Raises:
-        ModelError: missing or unknown tensors.
-    """
-    source = ModelSource(folder)
-    model = source.skeleton()
-    names = set(source.weight_files)
-    inside = set()
-    for prefix in packed_linears(list(names)):
-        wanted = [f"{prefix}.{part}" for part in _PARTS if f"{prefix}.{part}" in names]
-        bias = [f"{prefix}.bias"] if f"{prefix}.bias" in names else []
-        tensors = source.tensors(wanted) | source.tensors(bias, torch.float32)
-        model.set_submodule(prefix, SpqrLinear(linear_parts(tensors, prefix), tensors.get(f"{prefix}.bias")))
-        inside.update(wanted + bias)
-    _, unknown = model.load_state_dict(source.tensors(sorted(names - inside), torch.float32), strict=False, assign=True)
-    model.tie_weights()
-    absent = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
-    if absent or unknown:
-        raise ModelError(f"{folder}: weights do not fit the model (missing {absent[:3]}, unknown {unknown[:3]})")
-    return model.eval().requires_grad_(False)
+    """The model of a folder of packed weights; see :func:`algorithms.formats.own.packed_linear.load_packed_by`."""
+    return load_packed_by(LAYOUT, folder)
 
 
 def _pack_statistics(statistics: Statistics, name: str, prefix: str) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
+from algorithms.finetuning.checks import divides_a_batch, has_held_out
 from algorithms.quantization.aqlm.keys import CODE_DTYPES, FAST_TOKENIZER, NO_PICKLE, SET_BY_JOB, SHARE, TRUST
 from configs.strict import Inert, Parameters
 from configs.values import (
@@ -61,14 +62,14 @@ class FinetuneConfig(Parameters):
     # the loop
     max_epochs: NumberOrZero = 10
     batch_size: Count = 256
-    microbatch_size: OptionalCount = Field(default=4, validate_default=True)
+    microbatch_size: Annotated[OptionalCount, AfterValidator(divides_a_batch)] = Field(default=4, validate_default=True)
     lr_schedule: Annotated[str, BeforeValidator(Choice(("constant", "cosine")))] = "constant"
     warmup_steps: NumberOrZero = 0
     max_grad_norm: OptionalPositive = None
     eval_every_steps: OptionalCount = None  # null: after each epoch
     save_every_steps: OptionalCount = None  # null: after each epoch, and after ten minutes
     print_every_steps: OptionalCount = 1
-    keep_best_model: Flag = False
+    keep_best_model: Annotated[Flag, AfterValidator(has_held_out)] = False
     teacher_cache: OptionalCount = None  # so many logits of every position; null: the teacher runs in every step
 
     # what moves; null follows the key that names both
@@ -169,21 +170,6 @@ class FinetuneConfig(Parameters):
         tasks = [name for name in self.eval_datasets if ":" in name]
         left_out = f"{prefix}eval_datasets: {', '.join(tasks)} left out: tasks are not measured during tuning"
         return (*super().warnings(prefix), *([left_out] if tasks else []))
-
-    @field_validator("microbatch_size")
-    @classmethod
-    def _microbatches_fill_a_batch(cls, value: int | None, info: ValidationInfo) -> int | None:
-        batch_size = info.data.get("batch_size")
-        if value is not None and batch_size is not None and batch_size % value:
-            raise expected(f"a divisor of batch_size, which is {batch_size}")
-        return value
-
-    @field_validator("keep_best_model")
-    @classmethod
-    def _something_is_held_out(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("validation_size") == 0:
-            raise expected("false, since val_size is 0: the best state is that of the lowest divergence on held-out sequences")
-        return value
 
     @field_validator("amp_dtype")
     @classmethod

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from algorithms.registry import PLANNED, config_class, find, rows
+from algorithms.registry import config_class, find, rows
 from configs.errors import UnknownAlgorithm
 from configs.strict import AlgorithmParameters
 
@@ -21,19 +21,9 @@ def test_every_row_names_its_configuration():
         assert all(find(alias) is row for alias in row.aliases)
 
 
-@pytest.mark.parametrize("name", PLANNED)
-def test_names_of_later_versions_are_told_apart(name):
-    with pytest.raises(UnknownAlgorithm) as caught:
-        config_class(name)
-    assert caught.value.planned
-    known = ", ".join(row.name for row in rows())
-    assert str(caught.value) == f"{name} is not in this version, which has: {known}"
-
-
 def test_other_names_are_unknown():
     with pytest.raises(UnknownAlgorithm, match="is no algorithm") as caught:
         config_class("AQML")
-    assert not caught.value.planned
     assert caught.value.known == tuple(row.name for row in rows())
 
 

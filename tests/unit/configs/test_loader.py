@@ -141,9 +141,7 @@ def test_json_is_read_as_strictly_and_knows_its_lines(tmp_path):
     assert problem.line == next(number for number, line in enumerate(bad.splitlines(), 1) if "nsamples" in line)
 
 
-def test_algorithms_of_other_versions_are_told_from_typing_errors(tmp_path):
-    (planned,) = problems_of(SMALL, tmp_path, "ALGORITHM=ReALLM")
-    assert "not in this version, which has: " in planned.expected
+def test_an_algorithm_that_there_is_not_is_told_with_the_nearest(tmp_path):
     (typo,) = problems_of(SMALL, tmp_path, "ALGORITHM=AQML")
     assert typo.nearest == "AQLM"
     (missing,) = problems_of(SMALL.replace("ALGORITHM: AQLM\n", ""), tmp_path)

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from algorithms.formats.client import record
+from algorithms.formats.own.packed_linear import PackedLinear
 from algorithms.formats.spqr.packed import (
-    SpqrLinear,
+    LAYOUT,
     dense_state,
     linear_parts,
     load_packed,
@@ -79,7 +80,7 @@ def test_stored_bits_are_those_of_the_file():
 def test_the_linear_computes_with_the_decoded_weight(dtype):
     weight = sparse_weight(24, 64, ordered=False, outliers=0.1)
     bias = torch.randn(24)
-    linear = SpqrLinear(linear_parts(pack(weight, "a"), "a"), bias)
+    linear = PackedLinear(LAYOUT, linear_parts(pack(weight, "a"), "a"), bias)
     inputs = torch.randn(2, 5, 64).to(dtype)
     expected = torch.nn.functional.linear(inputs, weight.dequantize().to(dtype), bias.to(dtype))
     assert torch.equal(linear(inputs), expected)
@@ -113,7 +114,7 @@ def test_the_packed_model_computes_the_dense_model_s_logits(tmp_path, family, ti
     for name, parameter in dense.named_parameters():
         if name.endswith("_proj.weight"):
             packed = model.get_submodule(name.removesuffix(".weight"))
-            assert torch.equal(packed.packed().dequantize(), parameter)
+            assert torch.equal(packed.decoded(), parameter)
     tokens = torch.cat(token_sequences(2, 12))
     expected = dense(input_ids=tokens, use_cache=False).logits
     answer = record("spqr", out, tokens)
@@ -134,7 +135,7 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_decodes_the_same_weight():
     weight = sparse_weight(24, 64, ordered=False, outliers=0.1)
-    linear = SpqrLinear(linear_parts(pack(weight, "a"), "a")).cuda()
+    linear = PackedLinear(LAYOUT, linear_parts(pack(weight, "a"), "a")).cuda()
     inputs = torch.randn(3, 64)
-    assert torch.equal(linear.packed().dequantize().cpu(), weight.dequantize())
+    assert torch.equal(linear.decoded().cpu(), weight.dequantize())
     assert torch.allclose(linear(inputs.cuda()).cpu(), inputs @ weight.dequantize().T, atol=1e-4)

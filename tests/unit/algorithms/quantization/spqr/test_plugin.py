@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from algorithms.formats.client import load as client_load
+from algorithms.formats.own.packed_linear import PackedLinear
 from algorithms.formats.spqr import packed as spqr
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.statistics import InputStatistics
@@ -49,7 +50,7 @@ def test_what_is_exported_computes_the_calibrated_model(tmp_path, family, tied):
     ours, base = logits(algorithm.load(calibrated)), base_logits(source)
     assert 0.0 < (ours - base).std() / base.std() < 0.5
     packed = spqr.load_packed(export_folder(converted, algorithm, "spqr"))
-    linears = [module for module in packed.modules() if isinstance(module, spqr.SpqrLinear)]
+    linears = [module for module in packed.modules() if isinstance(module, PackedLinear)]
     assert len(linears) == 2 * len(source.architecture.linears)
     torch.testing.assert_close(logits(packed), ours, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(client_load("dense", converted.directory)), ours, atol=5e-3, rtol=5e-3)
