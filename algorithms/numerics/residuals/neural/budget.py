@@ -1,0 +1,114 @@
+"""How a matrix's bits are shared out between its embeddings and its decoder.
+
+Legend: O out_features, I in_features, N frames, S the product of the strides, B bits of an embedding for one place of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from algorithms.numerics.bit_packing import WORD
+from algorithms.numerics.residuals.neural.layout import DecoderLayout
+from algorithms.numerics.residuals.neural.patches import Patches, num_tiles, patch_size
+from algorithms.numerics.residuals.vector_codes import scales_size
+
+_REDUCTION = 1.2  # of channels from stage to stage
+_MOST_WIDTH = 8192
+# Channels that a stage has at least, and fewer where a budget has no room for them.
+_LEAST_WIDTHS = (12, 8, 6, 4, 3, 2, 1)
+_MOST_BITS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """What is asked for.
+
+    ``bits`` a weight hold everything that is stored. ``patch_size`` None: see :func:`patches.patch_size`. ``embedding_dim`` None:
+    embeddings take what ``decoder_share`` of the bits leaves, in channels of about ``embedding_bits``; a number: the decoder
+    takes what they leave.
+    """
+
+    bits: float
+    strides: tuple[int, ...] = (2,)
+    patch_size: int | None = None
+    block_size: int = 64
+    embedding_dim: int | None = None
+    embedding_bits: int = 2
+    weight_bits: int = 4
+    decoder_share: float = 0.1
+
+
+def plan(shape: tuple[int, int], sizes: DecoderSizes) -> tuple[Patches, DecoderLayout]:
+    """Patches and layout for a matrix of ``shape`` (O, I); all that is stored stays within the budget.
+
+    Raises:
+        ValueError: the budget is too small for any decoder, or patches are not a whole number of embeddings.
+    """
+    layout = DecoderLayout(
+        patch=0,
+        embedding_dim=sizes.embedding_dim or 1,
+        embedding_bits=sizes.embedding_bits,
+        weight_bits=sizes.weight_bits,
+        strides=sizes.strides,
+    )
+    size = sizes.patch_size or patch_size(shape, layout.stride)
+    if size % layout.stride:
+        raise ValueError(f"patches of {size} are no multiple of {layout.stride}, the product of the strides")
+    patches, layout = Patches(shape=shape, size=size), replace(layout, patch=size)
+    budget = int(sizes.bits * shape[0] * shape[1])
+    left = budget - scales_size(shape[0] * num_tiles(shape[1], sizes.block_size))
+    if sizes.embedding_dim is None:
+        layout = _with_embeddings(layout, patches.count, left - sizes.decoder_share * budget)
+    try:
+        return patches, fitted(layout, patches.count, left)
+    except ValueError as error:
+        raise ValueError(
+            f"a matrix of {shape[0]} x {shape[1]} at {sizes.bits:g} bits a weight: {error}. Give it more bits, a smaller "
+            "embedding_dim or fewer strides."
+        ) from None
+
+
+def fitted(layout: DecoderLayout, frames: int, budget: int) -> DecoderLayout:
+    """The widest decoder whose bits, with those of embeddings and header, stay within ``budget``.
+
+    The first width decides all others. What it leaves over gives as many weights as it can a bit more.
+
+    Raises:
+        ValueError: the narrowest decoder needs more.
+    """
+    least, narrow = _LEAST_WIDTHS[-1], layout
+    for least in _LEAST_WIDTHS:
+        narrow = _wide(layout, 1, least)
+        if narrow.stored_size(frames) <= budget:
+            break
+    else:
+        raise ValueError(
+            f"scales leave {budget} bits, and embeddings with the narrowest decoder take {narrow.stored_size(frames)}"
+        )
+    low, high = 1, _MOST_WIDTH
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _wide(layout, middle, least).stored_size(frames) <= budget else (low, middle - 1)
+    chosen = _wide(layout, low, least)
+    weights = sum(layer.outputs * layer.row for layer in chosen.layers)
+    # Bits of their own stream: whole words, the first of which longer values may have begun.
+    begun = -layout.longer_values % WORD
+    return replace(chosen, longer_weights=min((budget - chosen.stored_size(frames)) // WORD * WORD + begun, weights))
+
+
+def _wide(layout: DecoderLayout, first: int, least: int) -> DecoderLayout:
+    widths = [first]
+    for _ in layout.strides:
+        widths.append(max(least, round(widths[-1] / _REDUCTION)))
+    return replace(layout, widths=tuple(widths))
+
+
+def _with_embeddings(layout: DecoderLayout, frames: int, budget: float) -> DecoderLayout:
+    """The embeddings that take up ``budget``: channels, their bits, and how many values have a bit more."""
+    places = replace(layout, embedding_dim=1).values(frames)
+    a_place = max(1, int(budget) // places)  # B
+    channels = max(1, a_place // layout.embedding_bits)
+    bits = min(_MOST_BITS, a_place // channels)
+    layout = replace(layout, embedding_dim=channels, embedding_bits=bits)
+    left = int(budget) // WORD * WORD - layout.values(frames) * bits
+    return replace(layout, longer_values=max(0, min(left, layout.values(frames))))
