@@ -1,6 +1,7 @@
 """How a matrix's bits are shared out between its embeddings and its decoder.
 
-Legend: O out_features, I in_features, N frames, S the product of the strides, B bits of an embedding for one place of it.
+Legend: O out_features, I in_features, N frames, S the product of the strides; a place of an embedding is all that it has for
+S x S weights.
 """
 
 from __future__ import annotations
@@ -17,25 +18,27 @@ _MOST_WIDTH = 8192
 # Channels that a stage has at least, and fewer where a budget has no room for them.
 _LEAST_WIDTHS = (12, 8, 6, 4, 3, 2, 1)
 _MOST_BITS = 8
+# A decoder of about 16 channels: narrower ones hardly learn. Small matrices give it no more than the share.
+_DECODER_BITS, _MOST_SHARE = 8192, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSizes:
     """What is asked for.
 
-    ``bits`` a weight hold everything that is stored. ``patch_size`` None: see :func:`patches.patch_size`. ``embedding_dim`` None:
-    embeddings take what ``decoder_share`` of the bits leaves, in channels of about ``embedding_bits``; a number: the decoder
-    takes what they leave.
+    ``bits`` a weight hold everything that is stored. ``patch_size`` None: see :func:`patches.patch_size`. With embedding_dim and
+    embedding_bits both given, the decoder takes what embeddings leave; otherwise it takes ``decoder_share`` of all bits, and one
+    follows from the other: embeddings take the rest. With neither, they have as many channels as weights a place.
     """
 
     bits: float
     strides: tuple[int, ...] = (2,)
     patch_size: int | None = None
-    block_size: int = 64
+    block_size: int = 128
     embedding_dim: int | None = None
-    embedding_bits: int = 2
+    embedding_bits: int | None = None
     weight_bits: int = 4
-    decoder_share: float = 0.1
+    decoder_share: float = 0.02
 
 
 def plan(shape: tuple[int, int], sizes: DecoderSizes) -> tuple[Patches, DecoderLayout]:
@@ -47,7 +50,7 @@ def plan(shape: tuple[int, int], sizes: DecoderSizes) -> tuple[Patches, DecoderL
     layout = DecoderLayout(
         patch=0,
         embedding_dim=sizes.embedding_dim or 1,
-        embedding_bits=sizes.embedding_bits,
+        embedding_bits=sizes.embedding_bits or 1,
         weight_bits=sizes.weight_bits,
         strides=sizes.strides,
     )
@@ -57,8 +60,9 @@ def plan(shape: tuple[int, int], sizes: DecoderSizes) -> tuple[Patches, DecoderL
     patches, layout = Patches(shape=shape, size=size), replace(layout, patch=size)
     budget = int(sizes.bits * shape[0] * shape[1])
     left = budget - scales_size(shape[0] * num_tiles(shape[1], sizes.block_size))
-    if sizes.embedding_dim is None:
-        layout = _with_embeddings(layout, patches.count, left - sizes.decoder_share * budget)
+    if sizes.embedding_dim is None or sizes.embedding_bits is None:
+        decoder = min(max(sizes.decoder_share * budget, _DECODER_BITS), _MOST_SHARE * budget)
+        layout = _with_embeddings(layout, sizes, patches.count, int(left - decoder))
     try:
         return patches, fitted(layout, patches.count, left)
     except ValueError as error:
@@ -103,12 +107,13 @@ def _wide(layout: DecoderLayout, first: int, least: int) -> DecoderLayout:
     return replace(layout, widths=tuple(widths))
 
 
-def _with_embeddings(layout: DecoderLayout, frames: int, budget: float) -> DecoderLayout:
+def _with_embeddings(layout: DecoderLayout, sizes: DecoderSizes, frames: int, budget: int) -> DecoderLayout:
     """The embeddings that take up ``budget``: channels, their bits, and how many values have a bit more."""
-    places = replace(layout, embedding_dim=1).values(frames)
-    a_place = max(1, int(budget) // places)  # B
-    channels = max(1, a_place // layout.embedding_bits)
-    bits = min(_MOST_BITS, a_place // channels)
+    a_place = max(1, budget // replace(layout, embedding_dim=1).values(frames))
+    # Fewer values than weights lose some of what any decoder could tell apart; more bits for each are worth less.
+    bits = sizes.embedding_bits or max(1, a_place // (sizes.embedding_dim or layout.stride**2))
+    channels = sizes.embedding_dim or max(1, a_place // bits)
+    bits = min(_MOST_BITS, bits, max(1, a_place // channels))
     layout = replace(layout, embedding_dim=channels, embedding_bits=bits)
-    left = int(budget) // WORD * WORD - layout.values(frames) * bits
-    return replace(layout, longer_values=max(0, min(left, layout.values(frames))))
+    values = layout.values(frames)
+    return replace(layout, longer_values=max(0, min(budget // WORD * WORD - values * bits, values)))

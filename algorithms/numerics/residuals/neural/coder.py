@@ -11,7 +11,7 @@ from algorithms.numerics.residuals.neural.codes import NeuralCodes
 from algorithms.numerics.residuals.neural.layout import DecoderLayout
 from algorithms.numerics.residuals.neural.patches import block_scales, spread
 from algorithms.numerics.residuals.neural.quantizers import embedding_codes, row_scales, weight_codes
-from algorithms.numerics.residuals.neural.target import DIAGONAL, Target
+from algorithms.numerics.residuals.neural.target import HESSIAN, Target
 from algorithms.numerics.residuals.neural.training import Progress, Trained, Training, TrainingSettings
 
 
@@ -30,7 +30,7 @@ class NeuralCoder:
         sizes: DecoderSizes,
         settings: TrainingSettings,
         *,
-        loss: str = DIAGONAL,
+        loss: str = HESSIAN,
         progress: Progress | None = None,
     ) -> None:
         self._sizes, self._settings, self._loss, self._progress = sizes, settings, loss, progress

@@ -21,6 +21,8 @@ _LARGEST = 512
 _MOST_PADDING = 0.125
 # Few frames are few steps of training an epoch.
 _FEWEST_FRAMES = 32
+# Bands are batches where errors are weighed by whole rows.
+_MOST_PIXELS = 1 << 20
 _SMALLEST = 8
 _SMALLEST_SCALE = 1e-9
 
@@ -72,8 +74,8 @@ class Patches:
 def patch_size(shape: tuple[int, int], stride: int) -> int:
     """The side of patches for a matrix of ``shape`` (O, I) where none is asked for.
 
-    The largest power of two times ``stride``, at most 512, that fits both sides, gives 32 frames or more and pads by no more
-    than an eighth, but no less than 8.
+    The largest power of two times ``stride``, at most 512, that fits both sides, gives 32 frames or more, pads by no more than
+    an eighth and has no more than 2^20 values a band, but no less than 8.
 
     Args:
         shape: of the matrix.
@@ -84,7 +86,8 @@ def patch_size(shape: tuple[int, int], stride: int) -> int:
         size *= 2
     while size % (2 * stride) == 0 and size > _SMALLEST:
         patches = Patches(shape=shape, size=size)
-        if patches.count >= _FEWEST_FRAMES and patches.padding <= _MOST_PADDING:
+        small = patches.count >= _FEWEST_FRAMES and size * shape[1] <= _MOST_PIXELS
+        if small and patches.padding <= _MOST_PADDING:
             break
         size //= 2
     return size

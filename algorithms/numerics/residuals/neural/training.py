@@ -36,8 +36,8 @@ Progress = Callable[[int, float], None]
 class TrainingSettings:
     """``batch_size`` counts frames; the encoder makes embeddings in ``encoder_share`` of the epochs, then they are parameters."""
 
-    epochs: int = 200
-    lr: float = 5e-3
+    epochs: int = 100
+    lr: float = 1e-2
     batch_size: int = 4
     encoder_width: int = 16
     encoder_share: float = 0.3
