@@ -1,12 +1,30 @@
-"""Random problems with Hessians far from the identity, and random weights as additive codebooks and SpQR leave them."""
+"""Random problems with Hessians far from the identity, random weights as methods leave them, and coders of small residuals."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from algorithms.numerics.codebooks.additive import AdditiveCodes
+from algorithms.numerics.residuals.aqlm import AdditiveCoder
+from algorithms.numerics.residuals.coder import ResidualCoder
+from algorithms.numerics.residuals.nf import NormalFloatCoder
+from algorithms.numerics.residuals.vq import VectorCoder, VectorSettings
 from algorithms.numerics.sparse_quantized import Outliers, SparseQuantized, Statistics
+
+# Of each kind one for every way of storing it.
+CODERS: dict[str, Callable[[], ResidualCoder]] = {
+    "vq": lambda: VectorCoder(VectorSettings(code_bits=4, bucket=2)),
+    "vq of three": lambda: VectorCoder(VectorSettings(code_bits=6, bucket=3)),
+    "vq of ten bits": lambda: VectorCoder(VectorSettings(code_bits=10, bucket=2)),
+    "vq permuted": lambda: VectorCoder(VectorSettings(code_bits=4, bucket=2, permutes=True)),
+    "nf2": lambda: NormalFloatCoder(2),
+    "nf3": lambda: NormalFloatCoder(3),
+    "aqlm": lambda: AdditiveCoder(6, 4),
+    "aqlm of two books": lambda: AdditiveCoder(10, 4),
+}
 
 
 def problem(rows: int, columns: int, seed: int = 0, tokens: int | None = None) -> tuple[Tensor, Tensor]:

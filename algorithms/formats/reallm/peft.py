@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from algorithms.formats.checkpoint import Calibrated, write_dense
+from algorithms.formats.checkpoint import Calibrated, write_checkpoint
 from algorithms.formats.reallm.packed import LAYOUT, unpack
 from algorithms.modeling.files import atomic_write_json
 from algorithms.numerics.low_rank.weight import LowRankWeight
@@ -27,7 +27,8 @@ def write_peft(calibrated: Calibrated, directory: Path) -> None:
     """Write base and adapter into an existing folder."""
     base = directory / BASE
     base.mkdir(exist_ok=True)
-    write_dense(calibrated, base, residual_state)
+    # In float32: rounding the base and the sum with the adapter, as a dense export does once, would cost twice.
+    write_checkpoint(calibrated, base, residual_state)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for index, stored in calibrated.blocks():

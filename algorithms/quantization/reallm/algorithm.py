@@ -159,6 +159,7 @@ class Reallm(CompressionAlgorithm):
         """A stage that says the perplexities of what it has made."""
 
         def measured(context: StageContext, artifact: Artifact) -> Artifact:
+            """The stage, and then its texts."""
             made = run(context, artifact)
             if context.evaluate is not None:
                 figures = dict(context.evaluate(self.load(made)))

@@ -26,7 +26,7 @@ from algorithms.modeling.lockstep import BlockWalk
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.low_rank.allocation import Option, allocate
 from algorithms.numerics.low_rank.alternation import alternate
-from algorithms.numerics.low_rank.factors import LowRank
+from algorithms.numerics.low_rank.factors import HALF, LowRank
 from algorithms.numerics.low_rank.weight import LowRankWeight
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.statistics import InputStatistics
@@ -46,6 +46,8 @@ _CODES: Mapping[str, Sequence[tuple[int, int]]] = {
 }
 _PROBE = {VQ: (4, 2), NF: (3, 1), AQLM: (4, 2)}  # the code that ranks are measured with
 _RANKS = (1, 4, 16, 64)
+_WIDEST_BOOK = 8  # bits; longer codes have several
+_MOST_BOOK_BITS = 0.5  # a weight
 _CLOSE = 0.01  # bits a weight within which a budget counts as met
 
 
@@ -172,6 +174,8 @@ def measure(matrix: Tensor, hessian: Tensor, config: ReallmConfig, where: Sequen
     shape = (matrix.shape[0], matrix.shape[1])
     power = max(torch.sum((matrix @ hessian).double() * matrix).item(), torch.finfo(torch.float32).tiny)
 
+    probe = _PROBE[config.residual]
+
     def _fit(code: tuple[int, int], rank: int) -> tuple[int, float]:
         generator = keyed_generator(config.seed, "reallm survey", *where)
         at = Shape(rank=rank, code_bits=code[0], bucket=code[1])
@@ -181,11 +185,16 @@ def measure(matrix: Tensor, hessian: Tensor, config: ReallmConfig, where: Sequen
         weight = LowRankWeight.of(replace(found, low_rank=LowRank.zero(shape, config.low_rank_bits)), config.residual)
         return sum(stored_bits(weight).values()), found.errors[-1] / power
 
-    codes = {code: _fit(code, 0) for code in _CODES[config.residual]}
-    probe = _PROBE[config.residual]
+    codes = {code: _fit(code, 0) for code in _CODES[config.residual] if code == probe or _pays(code, matrix, config)}
     start = codes[probe][1]
     ranks = {0: 1.0}
     for rank in (rank for rank in _RANKS if rank <= min(shape) // 2):
         share = _fit(probe, rank)[1] / start if start > 0 else 1.0
         ranks[rank] = min(share, ranks[max(ranks)]) if math.isfinite(share) else ranks[max(ranks)]
     return Curves(codes=codes, ranks=ranks, shape=shape)
+
+
+def _pays(code: tuple[int, int], matrix: Tensor, config: ReallmConfig) -> bool:
+    """Whether a codebook leaves enough of its bits to the codes to be worth measuring."""
+    bits, bucket = code
+    return config.residual == NF or HALF * bucket << min(bits, _WIDEST_BOOK) < _MOST_BOOK_BITS * matrix.numel()

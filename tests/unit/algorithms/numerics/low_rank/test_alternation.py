@@ -5,8 +5,7 @@ import torch
 
 from algorithms.numerics.low_rank.alternation import alternate
 from algorithms.numerics.low_rank.factors import Geometry
-from tests.support.matrices import problem
-from tests.support.residuals import CODERS
+from tests.support.matrices import CODERS, problem
 
 SETTINGS = {"rank": 4, "factor_bits": 16, "iterations": 10}
 

@@ -5,8 +5,7 @@ import torch
 
 from algorithms.numerics.low_rank.alternation import alternate
 from algorithms.numerics.low_rank.weight import LowRankWeight, with_magnitude
-from tests.support.matrices import problem
-from tests.support.residuals import CODERS
+from tests.support.matrices import CODERS, problem
 
 
 def _weight(kind="vq", rank=5, bits=8):

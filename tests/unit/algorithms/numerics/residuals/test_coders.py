@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from algorithms.numerics.residuals.table import CODINGS, coding
-from tests.support.matrices import problem
-from tests.support.residuals import CODERS
+from tests.support.matrices import CODERS, problem
 
 SHAPE = (37, 83)  # that no bucket, group or tile divides
 
