@@ -6,13 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.blockwise.stages import read_json
 from algorithms.modeling.files import atomic_write_json
+from algorithms.modeling.source import ModelSource
 from algorithms.numerics.residuals.aqlm import AdditiveCoder
 from algorithms.numerics.residuals.coder import ResidualCoder
+from algorithms.numerics.residuals.neural.budget import DecoderSizes, plan
+from algorithms.numerics.residuals.neural.coder import NeuralCoder
+from algorithms.numerics.residuals.neural.training import Display, TrainingSettings
 from algorithms.numerics.residuals.nf import NormalFloatCoder
 from algorithms.numerics.residuals.vq import VectorCoder, VectorSettings
-from algorithms.quantization.reallm.config import AQLM, NF, VQ, ReallmConfig
+from algorithms.quantization.reallm.config import AQLM, NERV, NF, VQ, ReallmConfig
 
 SHAPES = "shapes.json"
 
@@ -26,38 +31,69 @@ class Shape:
     bucket: int
 
 
-_CODERS: Mapping[str, Callable[[Shape, ReallmConfig], ResidualCoder]] = {
-    VQ: lambda shape, config: VectorCoder(
+_CODERS: Mapping[str, Callable[[Shape, ReallmConfig, Display | None], ResidualCoder]] = {
+    VQ: lambda shape, config, display: VectorCoder(
         VectorSettings(code_bits=shape.code_bits, bucket=shape.bucket, permutes=config.permute)
     ),
-    NF: lambda shape, config: NormalFloatCoder(shape.code_bits),
-    AQLM: lambda shape, config: AdditiveCoder(shape.code_bits, shape.bucket),
+    NF: lambda shape, config, display: NormalFloatCoder(shape.code_bits),
+    AQLM: lambda shape, config, display: AdditiveCoder(shape.code_bits, shape.bucket),
+    NERV: lambda shape, config, display: NeuralCoder(
+        decoder_sizes(shape, config), _training_settings(config), loss=config.nerv.loss, display=display
+    ),
 }
 
 
-def coder(shape: Shape, config: ReallmConfig) -> ResidualCoder:
-    """The coder of residuals that a recipe names, for one shape.
+def coder(shape: Shape, config: ReallmConfig, display: Display | None = None) -> ResidualCoder:
+    """The coder of residuals that a recipe names, for one shape; ``display`` shows how far a training is."""
+    return _CODERS[config.residual](shape, config, display)
+
+
+def decoder_sizes(shape: Shape, config: ReallmConfig) -> DecoderSizes:
+    """What the decoder of one shape may take; a survey's choice of bits stands above the recipe's."""
+    asked = config.nerv
+    chosen = asked.bits if config.target_bits is None else None
+    return DecoderSizes(
+        bits=float(shape.code_bits) if chosen is None else chosen,
+        strides=asked.strides,
+        patch_size=asked.patch_size,
+        block_size=asked.block_size,
+        embedding_dim=asked.embedding_dim,
+        embedding_bits=asked.embedding_bits,
+        weight_bits=asked.weight_bits,
+        decoder_share=asked.decoder_share,
+    )
+
+
+def check_decoders(config: ReallmConfig, source: ModelSource) -> None:
+    """Refuse a budget that leaves the decoder of some linear no room.
 
     Raises:
-        ValueError: this version has no such coder.
+        ValueError: what is wrong, and which key to change.
     """
-    check_residual(config)
-    return _CODERS[config.residual](shape, config)
+    if config.residual != NERV or config.target_bits is not None:
+        return
+    sizes = decoder_sizes(uniform_shape(config), config)
+    for name, shape in linear_shapes(source).items():
+        try:
+            plan(shape, sizes)
+        except ValueError as error:
+            raise ValueError(f"llm.ReALLM.nerv: {name}, {error}") from None
 
 
-def check_residual(config: ReallmConfig) -> None:
-    """Refuse a coder that this version lacks.
-
-    Raises:
-        ValueError: it lists those that there are.
-    """
-    if config.residual not in _CODERS:
-        raise ValueError(f"llm.ReALLM.residual: {config.residual} is not in this version; there are {', '.join(_CODERS)}.")
+def _training_settings(config: ReallmConfig) -> TrainingSettings:
+    asked = config.nerv
+    return TrainingSettings(
+        epochs=asked.epochs,
+        lr=asked.lr,
+        batch_size=asked.batch_size,
+        encoder_width=asked.encoder_width,
+        encoder_share=asked.encoder_share,
+    )
 
 
 def uniform_shape(config: ReallmConfig) -> Shape:
     """The shape that the recipe gives all matrices."""
-    bucket = 1 if config.residual == NF else config.bucket
+    bucket = 1 if config.residual in (NF, NERV) else config.bucket
     return Shape(rank=config.rank, code_bits=config.num_bits * bucket, bucket=bucket)
 
 

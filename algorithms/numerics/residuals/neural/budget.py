@@ -19,16 +19,16 @@ _MOST_WIDTH = 8192
 _LEAST_WIDTHS = (12, 8, 6, 4, 3, 2, 1)
 _MOST_BITS = 8
 # A decoder of about 16 channels: narrower ones hardly learn. Small matrices give it no more than the share.
-_DECODER_BITS, _MOST_SHARE = 8192, 0.1
+_DECODER_BITS, _MOST_SHARE = 8192, 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSizes:
     """What is asked for.
 
-    ``bits`` a weight hold everything that is stored. ``patch_size`` None: see :func:`patches.patch_size`. With embedding_dim and
-    embedding_bits both given, the decoder takes what embeddings leave; otherwise it takes ``decoder_share`` of all bits, and one
-    follows from the other: embeddings take the rest. With neither, they have as many channels as weights a place.
+    ``bits`` a weight hold everything that is stored. ``patch_size`` None: see :func:`patches.patch_size`. With both
+    ``embedding_dim`` and ``embedding_bits`` given, the decoder takes what embeddings leave. Otherwise ``decoder_share`` of
+    all bits is its, and embeddings take the rest: one follows from the other; with neither, a place has about as many values as weights.
     """
 
     bits: float

@@ -12,7 +12,7 @@ from algorithms.numerics.residuals.neural.layout import DecoderLayout
 from algorithms.numerics.residuals.neural.patches import block_scales, spread
 from algorithms.numerics.residuals.neural.quantizers import embedding_codes, row_scales, weight_codes
 from algorithms.numerics.residuals.neural.target import HESSIAN, Target
-from algorithms.numerics.residuals.neural.training import Progress, Trained, Training, TrainingSettings
+from algorithms.numerics.residuals.neural.training import Display, Trained, Training, TrainingSettings
 
 
 class NeuralCoder:
@@ -22,7 +22,7 @@ class NeuralCoder:
         sizes: of decoder and embeddings, and the bits that they may take.
         settings: of the training.
         loss: one of ``target.LOSSES``.
-        progress: see :class:`algorithms.numerics.residuals.neural.training.Training`.
+        display: see :class:`algorithms.numerics.residuals.neural.training.Training`.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class NeuralCoder:
         settings: TrainingSettings,
         *,
         loss: str = HESSIAN,
-        progress: Progress | None = None,
+        display: Display | None = None,
     ) -> None:
-        self._sizes, self._settings, self._loss, self._progress = sizes, settings, loss, progress
+        self._sizes, self._settings, self._loss, self._display = sizes, settings, loss, display
         self._last: tuple[NeuralCodes, Trained] | None = None
 
     def encode(
@@ -54,7 +54,7 @@ class NeuralCoder:
         spread_out = spread(scales.decode().view(shape[0], -1), shape)
         target = Target(residual, spread_out, patches, hessian, self._loss)
         start = self._last[1] if self._last is not None and previous is self._last[0] else None
-        trained = Training(layout, target, self._settings, generator, start=start, progress=self._progress).run()
+        trained = Training(layout, target, self._settings, generator, start=start, display=self._display).run()
         tops = [top.to(residual.device) for top in layout.row_tops()]
         found = [row_scales(weight, top) for weight, top in zip(trained.decoder.weights, tops, strict=True)]
         coded = NeuralCodes(

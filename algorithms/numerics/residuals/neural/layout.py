@@ -1,8 +1,8 @@
 """The sizes of a decoder: which layers it has, and what all that is stored takes.
 
 Legend: N frames of side p, c channels of an embedding, S the product of the strides s, so that an embedding is c x p/S x p/S.
-The decoder is a 1 x 1 convolution to ``widths[0]`` channels, for every stride a convolution whose channels become s times larger
-frames, and a 3 x 3 convolution to one channel. A row of it is all that leads to one channel of one layer.
+The decoder is a 1 x 1 convolution to ``widths[0]`` channels, for every stride a convolution whose channels become frames s
+times larger, and a 3 x 3 convolution to one channel. A row of it is all that leads to one channel of one layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class DecoderLayout:
     """Sizes of everything but the matrix and its scales.
 
     ``widths`` are 1 + len(strides) channels. Of embeddings, channel by channel through all frames, the first ``longer_values``
-    have a bit more than ``embedding_bits``; of decoder weights, ``longer_weights`` in whole rows, one more than ``weight_bits``.
+    have a bit more than ``embedding_bits``. Of decoder weights, up to ``longer_weights``, in whole rows, have a bit more than
+    ``weight_bits``.
     """
 
     patch: int

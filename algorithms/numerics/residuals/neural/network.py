@@ -62,9 +62,7 @@ def encode_frames(encoder: Mapping[str, Tensor], strides: Sequence[int], frames:
     for stage, stride in enumerate(strides):
         part = {name.removeprefix(f"{stage}."): value for name, value in encoder.items() if name.startswith(f"{stage}.")}
         states = _normalized(F.conv2d(states, part["down"], part["down_bias"], stride=stride))
-        wide = F.conv2d(
-            states, part["mix"], part["mix_bias"], padding=_DEPTHWISE_KERNEL // 2, groups=states.shape[1]
-        )
+        wide = F.conv2d(states, part["mix"], part["mix_bias"], padding=_DEPTHWISE_KERNEL // 2, groups=states.shape[1])
         wide = F.gelu(F.conv2d(_normalized(wide), part["expand"], part["expand_bias"]))
         states = states + F.conv2d(wide, part["contract"], part["contract_bias"])
     return torch.tanh(F.conv2d(states, encoder["head"], encoder["head_bias"]))

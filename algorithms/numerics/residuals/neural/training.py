@@ -1,12 +1,13 @@
 """Training of a decoder and its embeddings on the frames of one matrix.
 
-Legend: O out_features, I in_features, p the side of a patch, N frames, c channels of an embedding, S the product of the strides.
+Legend: p the side of a patch, N frames, c channels of an embedding, S the product of the strides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +27,19 @@ _WARM_UP, _FIRST_RATE = 0.1, 0.1  # a share of all steps, and of the rate
 _FREE_RATE = 3.0  # of embeddings once they are parameters, in rates of the decoder
 _EVALUATIONS = 50  # at most, of all frames
 _MOST_REVERTS = 4
+_SHOWN = 10  # steps of a display
 _SHORTER = 4  # training that goes on from an earlier one
 _MOST_SQUASHED = 0.999
 
-Progress = Callable[[int, float], None]
+Display = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """``batch_size`` counts frames; the encoder makes embeddings in ``encoder_share`` of the epochs, then they are parameters."""
+    """``batch_size`` counts frames.
+
+    In ``encoder_share`` of the epochs an encoder makes embeddings; then they are parameters.
+    """
 
     epochs: int = 100
     lr: float = 1e-2
@@ -61,7 +66,7 @@ class Training:
         settings: how.
         generator: decides first weights and the order of batches.
         start: an earlier training of the same layout to go on from, for a quarter of the epochs.
-        progress: hears the number of every finished epoch and the best loss so far.
+        display: opens a display of so many steps, each of which has a note.
     """
 
     def __init__(
@@ -72,14 +77,15 @@ class Training:
         generator: torch.Generator,
         *,
         start: Trained | None = None,
-        progress: Progress | None = None,
+        display: Display | None = None,
     ) -> None:
         self._layout, self._target, self._settings, self._generator = layout, target, settings, generator
         device = target.pixels.device
         self._tops = layout.value_tops(target.pixels.shape[0]).to(device)
         self._row_tops = [tops.to(device) for tops in layout.row_tops()]
-        self._report = progress or (lambda epoch, loss: None)
-        self._encoder, self._free = {}, None
+        self._display = display or (lambda total: nullcontext(lambda note: None))
+        self._encoder: dict[str, Tensor] = {}
+        self._free: Tensor | None = None
         if start is None:
             self._epochs, self._decoder = settings.epochs, new_decoder(layout, generator).to(device)
             encoder = new_encoder(layout, settings.encoder_width, generator)
@@ -94,11 +100,11 @@ class Training:
         """Train, and return the best state of all evaluated ones, the first included."""
         best, reverts = self._evaluated(), 0
         batches = self._target.batches(self._settings.batch_size)
-        every, freed = -(-self._epochs // _EVALUATIONS), int(self._settings.encoder_share * self._epochs)
-        with torch.enable_grad():
+        every, shown = -(-self._epochs // _EVALUATIONS), min(_SHOWN, self._epochs)
+        with torch.enable_grad(), self._display(shown) as step:
             for epoch in range(self._epochs):
-                if self._free is None and epoch >= freed:
-                    self._set_free(self._embedding(torch.arange(self._tops.shape[0])))
+                if self._free is None and epoch >= self._settings.encoder_share * self._epochs:
+                    self._set_free()
                 order = torch.randperm(len(batches), generator=self._generator).tolist()
                 for place, batch in enumerate(order):
                     self._step(batches[batch], (epoch + place / len(order)) / self._epochs)
@@ -111,7 +117,8 @@ class Training:
                         if reverts > _MOST_REVERTS:
                             break
                         self._revert(best)
-                self._report(epoch + 1, best.loss)
+                if (epoch + 1) * shown // self._epochs > epoch * shown // self._epochs:
+                    step(f"relative error {math.sqrt(max(best.loss, 0.0)):.4f}")
         return best
 
     def _step(self, frames: Tensor, done: float) -> None:
@@ -140,8 +147,11 @@ class Training:
         embedding = torch.cat([self._embedding(batch) for batch in batches])
         return Trained(decoder=self._decoder.copied(), embedding=embedding, loss=loss)
 
-    def _set_free(self, embedding: Tensor) -> None:
-        self._free, self._encoder = _unsquashed(embedding.detach()).requires_grad_(True), {}
+    def _set_free(self) -> None:
+        """Make parameters of the encoder's embeddings."""
+        with torch.no_grad():
+            embedding = torch.cat([self._embedding(batch) for batch in self._target.batches(self._settings.batch_size)])
+        self._free, self._encoder = _unsquashed(embedding).requires_grad_(True), {}
         self._optimizer.add_param_group({"params": [self._free]})
 
     def _revert(self, best: Trained) -> None:
