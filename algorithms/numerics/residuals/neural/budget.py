@@ -28,7 +28,8 @@ class DecoderSizes:
 
     ``bits`` a weight hold everything that is stored. ``patch_size`` None: see :func:`patches.patch_size`. With both
     ``embedding_dim`` and ``embedding_bits`` given, the decoder takes what embeddings leave. Otherwise ``decoder_share`` of
-    all bits is its, and embeddings take the rest: one follows from the other; with neither, a place has about as many values as weights.
+    all bits is its, embeddings take the rest, and one follows from the other; with neither, there are about as many values as
+    weights.
     """
 
     bits: float
@@ -75,29 +76,28 @@ def plan(shape: tuple[int, int], sizes: DecoderSizes) -> tuple[Patches, DecoderL
 def fitted(layout: DecoderLayout, frames: int, budget: int) -> DecoderLayout:
     """The widest decoder whose bits, with those of embeddings and header, stay within ``budget``.
 
-    The first width decides all others. What it leaves over gives as many weights as it can a bit more.
+    The first width decides all others. What it leaves over gives rows of weights a bit more, and then values of embeddings.
 
     Raises:
         ValueError: the narrowest decoder needs more.
     """
-    least, narrow = _LEAST_WIDTHS[-1], layout
     for least in _LEAST_WIDTHS:
-        narrow = _wide(layout, 1, least)
-        if narrow.stored_size(frames) <= budget:
+        if _wide(layout, 1, least).stored_size(frames) <= budget:
             break
     else:
-        raise ValueError(
-            f"scales leave {budget} bits, and embeddings with the narrowest decoder take {narrow.stored_size(frames)}"
-        )
+        least_size = _wide(layout, 1, 1).stored_size(frames)
+        raise ValueError(f"scales leave {budget} bits, and embeddings with the narrowest decoder take {least_size}")
     low, high = 1, _MOST_WIDTH
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if _wide(layout, middle, least).stored_size(frames) <= budget else (low, middle - 1)
     chosen = _wide(layout, low, least)
     weights = sum(layer.outputs * layer.row for layer in chosen.layers)
-    # Bits of their own stream: whole words, the first of which longer values may have begun.
-    begun = -layout.longer_values % WORD
-    return replace(chosen, longer_weights=min((budget - chosen.stored_size(frames)) // WORD * WORD + begun, weights))
+    # Their stream is whole words, the last of which longer values may have begun.
+    left = (budget - chosen.stored_size(frames)) // WORD * WORD + -layout.longer_values % WORD
+    chosen = replace(chosen, longer_weights=min(left, weights))
+    values = layout.longer_values + left - chosen.weights_with_more()
+    return replace(chosen, longer_values=min(values, layout.values(frames)))
 
 
 def _wide(layout: DecoderLayout, first: int, least: int) -> DecoderLayout:

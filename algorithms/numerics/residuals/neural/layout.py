@@ -99,6 +99,11 @@ class DecoderLayout:
             bits.append(torch.tensor([self.weight_bits + 1] * longer + [self.weight_bits] * (layer.outputs - longer)))
         return bits
 
+    def weights_with_more(self) -> int:
+        """How many weights have a bit more than the others."""
+        pairs = zip(self.row_bits(), self.layers, strict=True)
+        return sum(int((bits > self.weight_bits).sum()) * layer.row for bits, layer in pairs)
+
     def row_tops(self) -> list[Tensor]:
         """The largest code of every row, [R] float32 for each layer."""
         return [((1 << (bits - 1)) - 1).float() for bits in self.row_bits()]
@@ -128,12 +133,9 @@ class DecoderLayout:
 
     def stored_size(self, frames: int) -> int:
         """Bits of embeddings, decoder and header."""
-        layers = self.layers
-        rows = sum(layer.outputs for layer in layers)
-        bits = self.row_bits()
-        lengths = [(row == self.weight_bits + 1).sum().item() for row in bits]
-        longer = sum(int(count) * layer.row for count, layer in zip(lengths, layers, strict=True))
-        weights = sum(layer.outputs * layer.row for layer in layers)
-        streams = (self.values(frames) * self.embedding_bits, weights * self.weight_bits, self.longer_values + longer)
+        rows = sum(layer.outputs for layer in self.layers)
+        weights = sum(layer.outputs * layer.row for layer in self.layers)
+        longer = self.longer_values + self.weights_with_more()
+        streams = (self.values(frames) * self.embedding_bits, weights * self.weight_bits, longer)
         floats = 2 * rows * _HALF  # a scale and a bias
         return sum(WORD * packed_words(size, 1) for size in streams) + floats + WORD * (_FIXED + 2 * len(self.strides) + 1)

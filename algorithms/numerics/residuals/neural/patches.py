@@ -84,7 +84,7 @@ def patch_size(shape: tuple[int, int], stride: int) -> int:
     size = stride
     while 2 * size <= min(_LARGEST, *shape):
         size *= 2
-    while size % (2 * stride) == 0 and size > _SMALLEST:
+    while size % (2 * stride) == 0 and size >= 2 * _SMALLEST:
         patches = Patches(shape=shape, size=size)
         small = patches.count >= _FEWEST_FRAMES and size * shape[1] <= _MOST_PIXELS
         if small and patches.padding <= _MOST_PADDING:
