@@ -32,7 +32,7 @@ from jobs.reporting.certificate import (
 from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.summary import BitAccount, Summary
 from jobs.results.artifacts import remove_folder
-from jobs.results.publishing import CONFIG, count_files, format_folder, is_published, publish, write_extra
+from jobs.results.publishing import CONFIG, EXPORTS, count_files, format_folder, is_published, publish, write_extra
 
 logger = logging.getLogger(__name__)
 
@@ -264,10 +264,10 @@ def _counts(outcome: Outcome, name: str) -> bool:
 
 
 def _published_size(outcome: Outcome, folder: str) -> int:
-    """Bytes of the weights of the format in a folder, as :func:`format_folder` names it."""
+    """Bytes of the weights of the format in a folder, as :func:`format_folder` names it; a format may have folders inside."""
     files = outcome.job.manifest.current.stages[outcome.plan.goal.spec.name].files
-    inside = {name: PurePosixPath(name) for name in files if PurePosixPath(name).parent == PurePosixPath(folder)}
-    return sum(files[name].size for name, path in inside.items() if path.suffix in _WEIGHTS)
+    below = {name: PurePosixPath(name).relative_to(folder) for name in files if PurePosixPath(name).is_relative_to(folder)}
+    return sum(files[name].size for name, path in below.items() if path.suffix in _WEIGHTS and EXPORTS not in path.parts)
 
 
 def _write_card(outcome: Outcome, summary: Summary) -> None:

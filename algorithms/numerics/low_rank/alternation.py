@@ -55,7 +55,7 @@ def alternate(
     best, errors = start, [] if start is None else [geometry.error(matrix - start.dequantize())]
     for _ in range(iterations):
         coded = matrix if best is None else matrix - best.residual.dequantize()
-        low_rank = LowRank.zero((matrix.shape[0], matrix.shape[1]), factor_bits)
+        low_rank = LowRank.zero((matrix.shape[0], matrix.shape[1]), factor_bits, matrix.device)
         if rank:
             low_rank = LowRank.stored(*geometry.best(coded, min(rank, *matrix.shape), generator), factor_bits)
         left = matrix - low_rank.dequantize()

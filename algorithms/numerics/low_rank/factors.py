@@ -66,11 +66,13 @@ class LowRank:
         return sum(WORD * packed_words(rank * side, bits) for side in shape) + HALF * rank
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bits: int) -> LowRank:
-        """The inverse of :meth:`tensors`, for a matrix of ``shape`` (O, I)."""
+    def restore(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], bits: int, device: torch.device | str = "cpu"
+    ) -> LowRank:
+        """The inverse of :meth:`tensors`, for a matrix of ``shape`` (O, I); without any tensors, on a ``device``."""
         rows, columns = shape
         if "up" not in tensors:
-            return cls.zero(shape, bits)
+            return cls.zero(shape, bits, device)
         if bits == HALF:
             return cls(up=tensors["up"].float(), down=tensors["down"].float(), bits=bits)
         scales, top = tensors["low_rank_scales"].float(), _top(bits)
@@ -80,10 +82,9 @@ class LowRank:
         return cls(up=up / top, down=down * scales[:, None], bits=bits, scales=scales)
 
     @classmethod
-    def zero(cls, shape: tuple[int, int], bits: int) -> LowRank:
+    def zero(cls, shape: tuple[int, int], bits: int, device: torch.device | str = "cpu") -> LowRank:
         """No low-rank part."""
-        nothing = torch.zeros(0)
-        return cls(up=nothing.new_zeros(shape[0], 0), down=nothing.new_zeros(0, shape[1]), bits=bits)
+        return cls(up=torch.zeros(shape[0], 0, device=device), down=torch.zeros(0, shape[1], device=device), bits=bits)
 
     @classmethod
     def stored(cls, up: Tensor, down: Tensor, bits: int) -> LowRank:

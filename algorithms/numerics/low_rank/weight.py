@@ -70,7 +70,7 @@ class LowRankWeight:
         return cls(
             kind=kind,
             residual=coding.restore(inside, shape),
-            low_rank=LowRank.restore(tensors, shape, factor_bits),
+            low_rank=LowRank.restore(tensors, shape, factor_bits, tensors["magnitude"].device),
             magnitude=tensors["magnitude"].float(),
         )
 

@@ -184,7 +184,9 @@ def measure(matrix: Tensor, hessian: Tensor, config: ReallmConfig, where: Sequen
         found = alternate(
             matrix, hessian, coder(at, config), generator, rank=rank, factor_bits=config.low_rank_bits, iterations=1
         )
-        weight = LowRankWeight.of(replace(found, low_rank=LowRank.zero(shape, config.low_rank_bits)), config.residual)
+        weight = LowRankWeight.of(
+            replace(found, low_rank=LowRank.zero(shape, config.low_rank_bits, matrix.device)), config.residual
+        )
         return sum(stored_bits(weight).values()), found.errors[-1] / power
 
     codes = {code: _fit(code, 0) for code in _CODES[config.residual] if code == probe or _pays(code, matrix, config)}

@@ -171,6 +171,20 @@ def test_a_budget_of_bits_is_met(tmp_path, residual, target):
     assert len(shapes) > 2
 
 
+def test_bits_that_are_shared_out_leave_smaller_errors_than_equal_ones(tmp_path):
+    source = ModelSource(save_family(tmp_path / "base", "llama", hidden=64))
+    uniform = reallm(residual="nf", num_bits=3, rank=6)
+    plain = calibrate(uniform, source, tmp_path / "uniform")
+    bits = dict(uniform.bits(plain))
+    average = sum(value for name, value in bits.items() if name != "parameters") / bits["parameters"]
+    chosen = run(reallm(residual="nf", target_bits=average), source, tmp_path / "chosen")[1]
+    errors = [
+        sum(one["relative_error"] for report in facts(made)["blocks"] for one in report["linears"].values())
+        for made in (plain, chosen)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_a_budget_out_of_reach_is_refused(tmp_path):
     source = ModelSource(save_family(tmp_path / "base", "llama"))
     with pytest.raises(ValueError, match=r"llm\.ReALLM\.target_bits: 0\.5 is out of reach; this model takes \d"):
