@@ -49,13 +49,6 @@ def test_keys_without_effect_are_named():
     assert _config(residual="nf", bucket=2).warnings()[0].startswith("bucket has no effect")
 
 
-def test_a_neural_decoder_waits_for_its_coder():
-    config = {"residual": "nerv", "nerv": {"patch_size": 64}}
-    assert _config(**config).nerv == {"patch_size": 64}
-    with pytest.raises(ValueError, match=r"llm\.ReALLM\.residual: nerv is not in this version; there are vq, nf, aqlm"):
-        reallm(**config).preflight(None, ["calibration"])
-
-
 def test_settings_of_a_stage_are_what_shapes_it():
     def settings(**keys):
         return {spec.name: dict(spec.settings) for spec in reallm(**keys).stages()}
