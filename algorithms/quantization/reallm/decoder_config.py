@@ -41,7 +41,7 @@ class NervConfig(Parameters):
     batch_size: Count = 4  # frames
     loss: Annotated[str, BeforeValidator(Choice(LOSSES))] = "hessian"
     encoder_width: Count = 16
-    encoder_share: Annotated[float, BeforeValidator(Real(least=0.0, most=1.0))] = 0.3  # of the epochs
+    encoder_share: Annotated[float, BeforeValidator(Real(least=0.0, most=1.0))] = 0.5  # of the epochs
 
     @field_validator("patch_size")
     @classmethod

@@ -45,7 +45,7 @@ class TrainingSettings:
     lr: float = 1e-2
     batch_size: int = 4
     encoder_width: int = 16
-    encoder_share: float = 0.3
+    encoder_share: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
