@@ -91,7 +91,7 @@ class Fits:
         found = alternate(
             matrix,
             hessian,
-            coder(shape, config, partial(self._progress, f"block {block.index} {name} decoder")),
+            coder(shape, config, display=partial(self._progress, f"block {block.index} {name} decoder")),
             keyed_generator(config.seed, NAME, block.index, name),
             rank=shape.rank,
             factor_bits=config.low_rank_bits,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from algorithms.blockwise.pipeline import linear_shapes
@@ -31,21 +31,28 @@ class Shape:
     bucket: int
 
 
-_CODERS: Mapping[str, Callable[[Shape, ReallmConfig, Display | None], ResidualCoder]] = {
-    VQ: lambda shape, config, display: VectorCoder(
-        VectorSettings(code_bits=shape.code_bits, bucket=shape.bucket, permutes=config.permute)
-    ),
-    NF: lambda shape, config, display: NormalFloatCoder(shape.code_bits),
-    AQLM: lambda shape, config, display: AdditiveCoder(shape.code_bits, shape.bucket),
-    NERV: lambda shape, config, display: NeuralCoder(
-        decoder_sizes(shape, config), _training_settings(config), loss=config.nerv.loss, display=display
-    ),
-}
+# A survey compares codes, which the sweep alone ranks as the whole fit would: in half its time.
+_ROUNDS, _SURVEYED_ROUNDS = 1, 0
+_SURVEYED_EPOCHS = 4  # of which a survey's trainings have one
+DECODER_BITS = (2, 3, 4)  # that a survey tries
 
 
-def coder(shape: Shape, config: ReallmConfig, display: Display | None = None) -> ResidualCoder:
-    """The coder of residuals that a recipe names, for one shape; ``display`` shows how far a training is."""
-    return _CODERS[config.residual](shape, config, display)
+def coder(shape: Shape, config: ReallmConfig, *, surveys: bool = False, display: Display | None = None) -> ResidualCoder:
+    """The coder of residuals that a recipe names, for one shape; one that only ``surveys`` fits less closely.
+
+    ``display`` shows how far a training is.
+    """
+    rounds = _SURVEYED_ROUNDS if surveys else _ROUNDS
+    if config.residual == VQ:
+        settings = VectorSettings(code_bits=shape.code_bits, bucket=shape.bucket, permutes=config.permute, rounds=rounds)
+        return VectorCoder(settings)
+    if config.residual == NF:
+        return NormalFloatCoder(shape.code_bits, rounds)
+    if config.residual == AQLM:
+        return AdditiveCoder(shape.code_bits, shape.bucket)
+    return NeuralCoder(
+        decoder_sizes(shape, config), _training_settings(config, surveys), loss=config.nerv.loss, display=display
+    )
 
 
 def decoder_sizes(shape: Shape, config: ReallmConfig) -> DecoderSizes:
@@ -70,9 +77,10 @@ def check_decoders(config: ReallmConfig, source: ModelSource) -> None:
     Raises:
         ValueError: what is wrong, and which key to change.
     """
-    if config.residual != NERV or config.target_bits is not None:
+    if config.residual != NERV:
         return
-    sizes = decoder_sizes(uniform_shape(config), config)
+    tried = replace(uniform_shape(config), code_bits=min(DECODER_BITS))
+    sizes = decoder_sizes(uniform_shape(config) if config.target_bits is None else tried, config)
     for name, shape in linear_shapes(source).items():
         try:
             plan(shape, sizes)
@@ -80,10 +88,10 @@ def check_decoders(config: ReallmConfig, source: ModelSource) -> None:
             raise ValueError(f"llm.ReALLM.nerv: {name}, {error}") from None
 
 
-def _training_settings(config: ReallmConfig) -> TrainingSettings:
+def _training_settings(config: ReallmConfig, surveys: bool) -> TrainingSettings:
     asked = config.nerv
     return TrainingSettings(
-        epochs=asked.epochs,
+        epochs=-(-asked.epochs // _SURVEYED_EPOCHS) if surveys else asked.epochs,
         lr=asked.lr,
         batch_size=asked.batch_size,
         encoder_width=asked.encoder_width,

@@ -32,7 +32,7 @@ from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import Ranks, share_out
 from algorithms.quantization.reallm.config import AQLM, NERV, NF, VQ, ReallmConfig
-from algorithms.quantization.reallm.shapes import Shape, coder, place, write_shapes
+from algorithms.quantization.reallm.shapes import DECODER_BITS, Shape, coder, place, write_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _KEY = "llm.ReALLM.target_bits"
 _CODES: Mapping[str, Sequence[tuple[int, int]]] = {
     VQ: ((4, 4), (6, 4), (8, 4), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2), (8, 2), (5, 1), (6, 1)),
     NF: ((2, 1), (3, 1), (4, 1)),
-    NERV: ((2, 1), (3, 1), (4, 1)),
+    NERV: tuple((bits, 1) for bits in DECODER_BITS),
     AQLM: ((4, 4), (6, 4), (8, 4), (4, 2), (6, 2), (8, 2), (12, 4), (16, 4), (16, 8), (24, 8)),
 }
 _PROBE = {VQ: (4, 2), NF: (3, 1), AQLM: (4, 2), NERV: (3, 1)}  # the code that ranks are measured with
@@ -182,7 +182,13 @@ def measure(matrix: Tensor, hessian: Tensor, config: ReallmConfig, where: Sequen
         generator = keyed_generator(config.seed, "reallm survey", *where)
         at = Shape(rank=rank, code_bits=code[0], bucket=code[1])
         found = alternate(
-            matrix, hessian, coder(at, config), generator, rank=rank, factor_bits=config.low_rank_bits, iterations=1
+            matrix,
+            hessian,
+            coder(at, config, surveys=True),
+            generator,
+            rank=rank,
+            factor_bits=config.low_rank_bits,
+            iterations=1,
         )
         weight = LowRankWeight.of(
             replace(found, low_rank=LowRank.zero(shape, config.low_rank_bits, matrix.device)), config.residual

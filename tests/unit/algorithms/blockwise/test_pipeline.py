@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from algorithms.blockwise.config import BlockwiseParameters
-from algorithms.blockwise.pipeline import Pipeline, check_groups, linear_shapes
+from algorithms.blockwise.pipeline import Pipeline, check_groups, followed_sequences, linear_shapes
 from algorithms.blockwise.stages import _spread, load_checkpoint
 from algorithms.blockwise.uniform_exports import Setting
 from algorithms.blockwise.uniform_method import uniform_pipeline
@@ -61,7 +61,8 @@ def source(tmp_path_factory):
     ],
 )
 def test_so_many_sequences_are_followed(source, keys, followed):
-    assert _pipeline(**keys)._reference_sequences(source) == followed
+    config = _pipeline(**keys).config
+    assert followed_sequences(config, source, tunes=config.block_tuning is not None) == followed
 
 
 def test_followed_sequences_lie_at_even_distances():
