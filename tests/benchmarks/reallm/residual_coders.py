@@ -3,7 +3,8 @@
     python -m tests.benchmarks.reallm.residual_coders --model DIR --tokens FILE.pt [--linear NAME ...] [--bits 2 3 4]
         [--sequences 16] [--published]
 
-Codes linears of a model without any low-rank part, under the Hessian of their inputs. Prints for each coder all stored bits a
+Codes linears of a model without any low-rank part, under the Hessian of their inputs. Prints of each, once rows and columns
+have one size, the correlations of neighbours in rows and in columns and the kurtosis, and for each coder all stored bits a
 weight, relative errors of the weights and of the outputs, |dW| / |W| and the same under the Hessian, and CPU seconds. VQ has
 vectors of two weights and NF what its name says; the decoder gets as many bits as the larger of them takes. ``--published``
 adds a decoder in the shape of ReALLM's code: five strides of 2, embeddings of 16 channels, squared errors of pixels, a rate of
@@ -54,6 +55,15 @@ def problems(model: Path, tokens: Path, linears: list[str], sequences: int) -> d
     return {name: (module.weight.detach().clone(), sums[name] / seen) for name, module in modules.items()}
 
 
+def whiteness(matrix: Tensor) -> tuple[float, float, float]:
+    """Correlation of neighbours in rows and in columns, and kurtosis: 0, 0 and 3 for normal noise."""
+    for side in (1, 0):
+        matrix = matrix / matrix.square().mean(side, keepdim=True).sqrt()
+    power = matrix.square().mean()
+    across, down = (matrix[:, 1:] * matrix[:, :-1]).mean() / power, (matrix[1:] * matrix[:-1]).mean() / power
+    return across.item(), down.item(), (matrix.pow(4).mean() / power.square()).item()
+
+
 def measure(label: str, coder: ResidualCoder, matrix: Tensor, hessian: Tensor) -> float:
     """Print one line; returns bits a weight."""
     started = time.process_time()
@@ -90,7 +100,8 @@ def main() -> None:
     torch.set_num_threads(1)
     found = problems(arguments.model, arguments.tokens, arguments.linear, arguments.sequences)
     for name, (matrix, hessian) in found.items():
-        sys.stdout.write(f"{name} {tuple(matrix.shape)}\n")
+        across, down, kurtosis = whiteness(matrix)
+        sys.stdout.write(f"{name} {tuple(matrix.shape)}: neighbours {across:.3f}, {down:.3f}; kurtosis {kurtosis:.2f}\n")
         for bits in arguments.bits:
             vector = VectorCoder(VectorSettings(code_bits=2 * bits, bucket=2))
             taken = measure(f"VQ {bits} bits, bucket 2", vector, matrix, hessian)
