@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from algorithms.numerics.residuals.aqlm import AdditiveResidual
 from algorithms.numerics.residuals.coder import CodedResidual
+from algorithms.numerics.residuals.neural.codes import NeuralCodes
 from algorithms.numerics.residuals.nf import NormalFloatCodes
 from algorithms.numerics.residuals.vector_codes import VectorCodes
 
 # The place of a name is what files keep of it: new ones come last.
 KINDS = ("vq", "nf", "aqlm", "nerv")
-CODINGS: dict[str, type[CodedResidual]] = {"vq": VectorCodes, "nf": NormalFloatCodes, "aqlm": AdditiveResidual}
+CODINGS: dict[str, type[CodedResidual]] = {
+    "vq": VectorCodes,
+    "nf": NormalFloatCodes,
+    "aqlm": AdditiveResidual,
+    "nerv": NeuralCodes,
+}
 
 
 def coding(kind: str) -> type[CodedResidual]:

@@ -25,7 +25,7 @@ from algorithms.numerics.two_level import quantize_statistics
 BLOCK_ROWS = 64  # that have an order of columns in common
 _SCALE_BITS = 8
 _RUN = 256  # scales that share a second level
-_BYTE = 8
+_BYTE, _HALF = 8, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,3 +153,8 @@ def unpacked_scales(tensors: Mapping[str, Tensor]) -> Statistics:
         bits=_SCALE_BITS,
         run=_RUN,
     )
+
+
+def scales_size(count: int) -> int:
+    """Bits that :func:`packed_scales` of so many scales takes."""
+    return _SCALE_BITS * count + 2 * _HALF * -(-count // _RUN)

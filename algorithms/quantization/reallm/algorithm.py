@@ -18,7 +18,7 @@ from algorithms.quantization.reallm import global_tuning, survey
 from algorithms.quantization.reallm.calibration import CALIBRATED, NAME, TUNED, ShapeOf, fit_blocks
 from algorithms.quantization.reallm.config import BLOC, CALIBRATION, CONVERSION, GLOBAL, SURVEY, ReallmConfig
 from algorithms.quantization.reallm.conversion import FORMATS, PACKED, PEFT, exporters, read_export
-from algorithms.quantization.reallm.shapes import SHAPES, check_residual, place, read_shapes, uniform_shape
+from algorithms.quantization.reallm.shapes import SHAPES, check_decoders, place, read_shapes, uniform_shape
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ class Reallm(CompressionAlgorithm):
         self._config = config
 
     def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
-        """Refuse a coder that there is none of, and an adapter where a model should stand.
+        """Refuse bits that hold no decoder, and an adapter where a model should stand.
 
         Raises:
             ValueError: what is wrong, and which key to change.
         """
-        check_residual(self._config)
+        check_decoders(self._config, source)
         if self.exports[0] == PEFT:
             raise ValueError(
                 f"EXPORT: the first format stands in the job folder itself, which has to be a model; peft is an adapter and "

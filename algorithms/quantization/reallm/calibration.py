@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from algorithms.base import Artifact, StageContext
+from algorithms.base import Artifact, Progress, StageContext
 from algorithms.blockwise.coded import CodedCompressor, FreshBlock, Method
 from algorithms.blockwise.pipeline import followed_sequences, total_bits
 from algorithms.blockwise.stages import Calibration, calibrate
@@ -48,11 +49,12 @@ class Fits:
     Args:
         config: the recipe's keys.
         shape_of: the shape of a block's linear.
+        progress: opens displays of trainings, where residuals need any.
         earlier: a folder in the layout of a calibration, or None.
     """
 
-    def __init__(self, config: ReallmConfig, shape_of: ShapeOf, earlier: Path | None = None) -> None:
-        self._config, self._shape_of = config, shape_of
+    def __init__(self, config: ReallmConfig, shape_of: ShapeOf, progress: Progress, earlier: Path | None = None) -> None:
+        self._config, self._shape_of, self._progress = config, shape_of, progress
         self._store = None if earlier is None else BlockStore(earlier)
         self._refits = earlier is None or (config.block_tuning is not None and config.block_tuning.refit)
         self._block = _Block(index=-1, earlier={})
@@ -89,7 +91,7 @@ class Fits:
         found = alternate(
             matrix,
             hessian,
-            coder(shape, config),
+            coder(shape, config, display=partial(self._progress, f"block {block.index} {name} decoder")),
             keyed_generator(config.seed, NAME, block.index, name),
             rank=shape.rank,
             factor_bits=config.low_rank_bits,
@@ -103,7 +105,7 @@ def fit_blocks(context: StageContext, config: ReallmConfig, shape_of: ShapeOf, *
     """Walk through the model: the calibration, or with the folder of an ``earlier`` one the block-wise tuning after it."""
     source = context.source.with_attention(config.attn_implementation)
     tuning = None if earlier is None else config.block_tuning
-    fits = Fits(config, shape_of, earlier)
+    fits = Fits(config, shape_of, context.progress, earlier)
     method = Method[LowRankWeight](
         name=NAME,
         fit=fits.fit,

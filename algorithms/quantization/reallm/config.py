@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from algorithms.blockwise.config import NOT_SHAPING, BlockwiseParameters
 from algorithms.finetuning.distillation_keys import Names
+from algorithms.quantization.reallm.decoder_config import NervConfig
 from algorithms.quantization.reallm.tuning_config import GlobalTuningConfig, LowRankTuningConfig
 from configs.values import Choice, Count, Flag, Nullable, NumberOrZero, Overwrite, Real, Whole, expected
 
@@ -53,7 +54,7 @@ class ReallmConfig(BlockwiseParameters):
     num_bits: Annotated[int, BeforeValidator(Whole(1, 8))] = 2  # a weight
     bucket: Annotated[int, BeforeValidator(Whole(1, 16))] = 2  # weights that share a code
     permute: Flag = False
-    nerv: dict[str, object] = Field(default_factory=dict)
+    nerv: NervConfig = NervConfig()
 
     target_bits: Annotated[float | None, BeforeValidator(Nullable(Real(above=0.0, below=16.0)))] = None
 
@@ -75,7 +76,15 @@ class ReallmConfig(BlockwiseParameters):
             settings.pop("true_sequential")  # implied
         else:
             settings.pop("reference_samples")  # none is followed
-        return settings | ({"nerv": self.nerv} if self.residual == NERV else {})
+        return settings | self.decoder_shaping
+
+    @property
+    def decoder_shaping(self) -> Mapping[str, object]:
+        """Every value that shapes decoders, where there are any."""
+        if self.residual != NERV:
+            return {}
+        free = set() if self.target_bits is None else {"bits"}
+        return {"nerv": self.nerv.model_dump(mode="json", exclude=free)}
 
     @field_validator("bucket")
     @classmethod
@@ -84,13 +93,6 @@ class ReallmConfig(BlockwiseParameters):
         most = {VQ: _MOST_VECTOR_BITS, AQLM: 8 * _MOST_CODE_BITS}.get(residual or "")
         if most is not None and num_bits is not None and num_bits * value > most:
             raise expected(f"at most {most // num_bits}: num_bits times bucket is the width of a code, at most {most} bits")
-        return value
-
-    @field_validator("target_bits")
-    @classmethod
-    def _there_are_shapes_to_choose(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is not None and info.data.get("residual") == NERV:
-            raise expected("null with residual: nerv, of which no shapes are surveyed")
         return value
 
     @field_validator("num_bits")
@@ -108,8 +110,13 @@ class ReallmConfig(BlockwiseParameters):
             lines += [f"{prefix}{name} has no effect: target_bits chooses it" for name in sorted(_OF_SHAPES & given)]
         if self.permute and self.residual != VQ:
             lines.append(f"{prefix}permute has no effect: residual: {self.residual} has no order of columns")
-        if self.nerv and self.residual != NERV:
+        if "nerv" in given and self.residual != NERV:
             lines.append(f"{prefix}nerv has no effect: residual is {self.residual}")
         if self.residual in (NF, NERV) and "bucket" in given and self.target_bits is None:
             lines.append(f"{prefix}bucket has no effect: residual: {self.residual} codes weights one by one")
+        if self.residual == NERV and self.nerv.bits is not None:
+            if self.target_bits is not None:
+                lines.append(f"{prefix}nerv.bits has no effect: target_bits chooses it")
+            elif "num_bits" in given:
+                lines.append(f"{prefix}num_bits has no effect: nerv.bits is given")
         return tuple(lines)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.blockwise.stages import read_json
 from algorithms.modeling.files import atomic_write_json
+from algorithms.modeling.source import ModelSource
 from algorithms.numerics.residuals.aqlm import AdditiveCoder
 from algorithms.numerics.residuals.coder import ResidualCoder
+from algorithms.numerics.residuals.neural.budget import DecoderSizes, plan
+from algorithms.numerics.residuals.neural.coder import NeuralCoder
+from algorithms.numerics.residuals.neural.training import Display, TrainingSettings
 from algorithms.numerics.residuals.nf import NormalFloatCoder
 from algorithms.numerics.residuals.vq import VectorCoder, VectorSettings
-from algorithms.quantization.reallm.config import AQLM, NF, VQ, ReallmConfig
+from algorithms.quantization.reallm.config import AQLM, NERV, NF, VQ, ReallmConfig
 
 SHAPES = "shapes.json"
 
@@ -28,38 +33,75 @@ class Shape:
 
 # A survey compares codes, which the sweep alone ranks as the whole fit would: in half its time.
 _ROUNDS, _SURVEYED_ROUNDS = 1, 0
-_CODERS: Mapping[str, Callable[[Shape, ReallmConfig, int], ResidualCoder]] = {
-    VQ: lambda shape, config, rounds: VectorCoder(
-        VectorSettings(code_bits=shape.code_bits, bucket=shape.bucket, permutes=config.permute, rounds=rounds)
-    ),
-    NF: lambda shape, config, rounds: NormalFloatCoder(shape.code_bits, rounds),
-    AQLM: lambda shape, config, rounds: AdditiveCoder(shape.code_bits, shape.bucket),
-}
+_SURVEYED_EPOCHS = 4  # of which a survey's trainings have one
+DECODER_BITS = (2, 3, 4)  # that a survey tries
 
 
-def coder(shape: Shape, config: ReallmConfig, *, surveys: bool = False) -> ResidualCoder:
+def coder(shape: Shape, config: ReallmConfig, *, surveys: bool = False, display: Display | None = None) -> ResidualCoder:
     """The coder of residuals that a recipe names, for one shape; one that only ``surveys`` fits less closely.
 
-    Raises:
-        ValueError: this version has no such coder.
+    ``display`` shows how far a training is.
     """
-    check_residual(config)
-    return _CODERS[config.residual](shape, config, _SURVEYED_ROUNDS if surveys else _ROUNDS)
+    rounds = _SURVEYED_ROUNDS if surveys else _ROUNDS
+    if config.residual == VQ:
+        settings = VectorSettings(code_bits=shape.code_bits, bucket=shape.bucket, permutes=config.permute, rounds=rounds)
+        return VectorCoder(settings)
+    if config.residual == NF:
+        return NormalFloatCoder(shape.code_bits, rounds)
+    if config.residual == AQLM:
+        return AdditiveCoder(shape.code_bits, shape.bucket)
+    return NeuralCoder(
+        decoder_sizes(shape, config), _training_settings(config, surveys), loss=config.nerv.loss, display=display
+    )
 
 
-def check_residual(config: ReallmConfig) -> None:
-    """Refuse a coder that this version lacks.
+def decoder_sizes(shape: Shape, config: ReallmConfig) -> DecoderSizes:
+    """What the decoder of one shape may take; a survey's choice of bits stands above the recipe's."""
+    asked = config.nerv
+    chosen = asked.bits if config.target_bits is None else None
+    return DecoderSizes(
+        bits=float(shape.code_bits) if chosen is None else chosen,
+        strides=asked.strides,
+        patch_size=asked.patch_size,
+        block_size=asked.block_size,
+        embedding_dim=asked.embedding_dim,
+        embedding_bits=asked.embedding_bits,
+        weight_bits=asked.weight_bits,
+        decoder_share=asked.decoder_share,
+    )
+
+
+def check_decoders(config: ReallmConfig, source: ModelSource) -> None:
+    """Refuse a budget that leaves the decoder of some linear no room.
 
     Raises:
-        ValueError: it lists those that there are.
+        ValueError: what is wrong, and which key to change.
     """
-    if config.residual not in _CODERS:
-        raise ValueError(f"llm.ReALLM.residual: {config.residual} is not in this version; there are {', '.join(_CODERS)}.")
+    if config.residual != NERV:
+        return
+    tried = replace(uniform_shape(config), code_bits=min(DECODER_BITS))
+    sizes = decoder_sizes(uniform_shape(config) if config.target_bits is None else tried, config)
+    for name, shape in linear_shapes(source).items():
+        try:
+            plan(shape, sizes)
+        except ValueError as error:
+            raise ValueError(f"llm.ReALLM.nerv: {name}, {error}") from None
+
+
+def _training_settings(config: ReallmConfig, surveys: bool) -> TrainingSettings:
+    asked = config.nerv
+    return TrainingSettings(
+        epochs=-(-asked.epochs // _SURVEYED_EPOCHS) if surveys else asked.epochs,
+        lr=asked.lr,
+        batch_size=asked.batch_size,
+        encoder_width=asked.encoder_width,
+        encoder_share=asked.encoder_share,
+    )
 
 
 def uniform_shape(config: ReallmConfig) -> Shape:
     """The shape that the recipe gives all matrices."""
-    bucket = 1 if config.residual == NF else config.bucket
+    bucket = 1 if config.residual in (NF, NERV) else config.bucket
     return Shape(rank=config.rank, code_bits=config.num_bits * bucket, bucket=bucket)
 
 

@@ -31,8 +31,8 @@ from algorithms.numerics.low_rank.weight import LowRankWeight
 from algorithms.numerics.randomness import keyed_generator
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import Ranks, share_out
-from algorithms.quantization.reallm.config import AQLM, NF, VQ, ReallmConfig
-from algorithms.quantization.reallm.shapes import Shape, coder, place, write_shapes
+from algorithms.quantization.reallm.config import AQLM, NERV, NF, VQ, ReallmConfig
+from algorithms.quantization.reallm.shapes import DECODER_BITS, Shape, coder, place, write_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,10 @@ _KEY = "llm.ReALLM.target_bits"
 _CODES: Mapping[str, Sequence[tuple[int, int]]] = {
     VQ: ((4, 4), (6, 4), (8, 4), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2), (8, 2), (5, 1), (6, 1)),
     NF: ((2, 1), (3, 1), (4, 1)),
+    NERV: tuple((bits, 1) for bits in DECODER_BITS),
     AQLM: ((4, 4), (6, 4), (8, 4), (4, 2), (6, 2), (8, 2), (12, 4), (16, 4), (16, 8), (24, 8)),
 }
-_PROBE = {VQ: (4, 2), NF: (3, 1), AQLM: (4, 2)}  # the code that ranks are measured with
+_PROBE = {VQ: (4, 2), NF: (3, 1), AQLM: (4, 2), NERV: (3, 1)}  # the code that ranks are measured with
 _RANKS = (1, 4, 16, 64)
 _WIDEST_BOOK = 8  # bits; longer codes have several
 _MOST_BOOK_BITS = 0.5  # a weight
@@ -83,6 +84,7 @@ def shaping(config: ReallmConfig) -> Mapping[str, object]:
         "low_rank_bits": config.low_rank_bits,
         "permute": config.permute,
         "seed": config.seed,
+        **config.decoder_shaping,
     }
 
 

@@ -27,7 +27,6 @@ def test_defaults_are_the_recipe_of_two_bits_with_block_tuning():
         ({"residual": "pq"}, "one of vq, nf, aqlm, nerv"),
         ({"num_bits": 8, "bucket": 2}, "at most 1: num_bits times bucket"),
         ({"residual": "nf", "num_bits": 5}, "2, 3 or 4 with residual: nf"),
-        ({"residual": "nerv", "target_bits": 3.0}, "null with residual: nerv"),
         ({"low_rank_bits": 12}, "from 4 to 8, or 16"),
         ({"rank": -1}, "at least 0"),
         ({"target_bits": 0}, "above 0"),
@@ -48,13 +47,6 @@ def test_keys_without_effect_are_named():
     said = _config(rank=8, target_bits=3.0, residual="nf", permute=True, nerv={"patch_size": 64}).warnings("llm.ReALLM.")
     assert [line.split(" has")[0].removeprefix("llm.ReALLM.") for line in said] == ["rank", "permute", "nerv"]
     assert _config(residual="nf", bucket=2).warnings()[0].startswith("bucket has no effect")
-
-
-def test_a_neural_decoder_waits_for_its_coder():
-    config = {"residual": "nerv", "nerv": {"patch_size": 64}}
-    assert _config(**config).nerv == {"patch_size": 64}
-    with pytest.raises(ValueError, match=r"llm\.ReALLM\.residual: nerv is not in this version; there are vq, nf, aqlm"):
-        reallm(**config).preflight(None, ["calibration"])
 
 
 def test_settings_of_a_stage_are_what_shapes_it():
