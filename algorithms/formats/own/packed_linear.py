@@ -18,12 +18,14 @@ class Layout:
     """Packed tensors ``P.<part>`` of a linear ``P``.
 
     ``marker`` is the part by which a packed linear is known, ``parts`` are all there may be, and ``decode`` makes the weight
-    [O, I] float32 of those that there are, by part. Each linear has ``P.shape``, which begins with O and I.
+    [O, I] float32 of those that there are, by part. Each linear has ``P.shape``, which begins with O and I. Where ``is_slow``
+    says so of a linear's parts, its weight is decoded once, when it is loaded, and kept.
     """
 
     marker: str
     parts: Sequence[str]
     decode: Callable[[Mapping[str, Tensor]], Tensor]
+    is_slow: Callable[[Mapping[str, Tensor]], bool] = lambda parts: False
 
     def packed_linears(self, names: Sequence[str]) -> list[str]:
         """The linears that are packed among tensors of these names, sorted."""
@@ -43,7 +45,7 @@ class Layout:
 
 
 class PackedLinear(nn.Module):
-    """A linear whose buffers are the packed tensors; its weight is decoded at every call and never kept.
+    """A linear whose buffers are the packed tensors; its weight is decoded at every call, or once where that is slow.
 
     A change of dtype, as in ``model.to(torch.bfloat16)``, leaves the buffers as they are: their bits are the format.
     """
@@ -55,10 +57,11 @@ class PackedLinear(nn.Module):
             self.register_buffer(part, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = tensors["shape"][:2].tolist()
+        self._kept = layout.decode(tensors) if layout.is_slow(tensors) else None  # no buffer: it is not stored again
 
     def decoded(self) -> Tensor:
-        """The weight [O, I] in float32."""
-        return self._layout.decode(dict(self.named_buffers()))
+        """The weight [O, I], in float32 or, where it is kept, in what the model was converted to."""
+        return self._kept if self._kept is not None else self._layout.decode(dict(self.named_buffers()))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Outputs [..., O] of inputs [..., I] of any floating type."""
@@ -68,6 +71,8 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
+        if self._kept is not None:
+            self._kept = fn(self._kept)
         for part, tensor in before.items():
             moved = self.get_buffer(part)
             if moved.dtype != tensor.dtype:

@@ -50,7 +50,12 @@ def unpacked(parts: Mapping[str, Tensor]) -> LowRankWeight:
     return LowRankWeight.restore(parts, (rows, columns), kind=name, coding=coding(name), factor_bits=factor_bits)
 
 
-LAYOUT = Layout(marker="magnitude", parts=_PARTS, decode=lambda parts: unpacked(parts).dequantize())
+LAYOUT = Layout(
+    marker="magnitude",
+    parts=_PARTS,
+    decode=lambda parts: unpacked(parts).dequantize(),
+    is_slow=lambda parts: "residual_decoder" in parts,  # a forward pass of a network of its own
+)
 
 
 def unpack(tensors: Mapping[str, Tensor], prefix: str) -> LowRankWeight:

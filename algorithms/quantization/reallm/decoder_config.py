@@ -13,11 +13,18 @@ from configs.values import Choice, Count, Nullable, OptionalCount, OptionalPosit
 LOSSES = ("l2", "diagonal", "hessian")
 
 
+_STRIDE = Whole(2, 16)
+
+
 def _strides(value: object) -> tuple[int, ...]:
     given = value if isinstance(value, list | tuple) else (value,)
     if not given:
         raise expected("a list of whole numbers of at least 2")
-    return tuple(Whole(2, 16)(stride) for stride in given)
+    return tuple(_STRIDE(stride) for stride in given)
+
+
+_Stride = Annotated[int, BeforeValidator(_STRIDE)]
+Strides = Annotated[tuple[int, ...], BeforeValidator(_strides, json_schema_input_type=_Stride | list[_Stride])]
 
 
 class NervConfig(Parameters):
@@ -28,7 +35,7 @@ class NervConfig(Parameters):
     """
 
     bits: OptionalPositive = None  # a weight, all that is stored but for the low-rank part and magnitudes; null: num_bits
-    strides: Annotated[tuple[int, ...], BeforeValidator(_strides)] = (2,)
+    strides: Strides = (2,)
     patch_size: OptionalCount = None  # null: by the matrix, at most 512
     block_size: Count = 128  # columns that share a scale
     embedding_dim: OptionalCount = None  # channels

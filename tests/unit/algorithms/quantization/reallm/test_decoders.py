@@ -46,6 +46,23 @@ def test_every_format_computes_the_model_that_was_made(tmp_path):
     torch.testing.assert_close(logits(adapted), ours, atol=5e-3, rtol=5e-3)
 
 
+def test_a_loaded_decoder_computes_once(tmp_path, monkeypatch):
+    source = ModelSource(save_family(tmp_path / "base", "llama", hidden=64))
+    algorithm = reallm(("reallm",), **NERV)
+    _, converted = run(algorithm, source, tmp_path / "out")
+    calls, dequantize = [], NeuralCodes.dequantize
+    monkeypatch.setattr(NeuralCodes, "dequantize", lambda self: calls.append(1) or dequantize(self))
+    packed = client_load("reallm", converted.directory)
+    loaded = len(calls)
+    first, second = logits(packed), logits(packed)
+    assert loaded == len(calls) == 7 * source.num_blocks
+    assert torch.equal(first, second)
+    linear = packed.get_submodule("model.layers.0.mlp.up_proj")
+    assert set(dict(linear.named_buffers())) == set(linear.state_dict()), "what is decoded is not stored again"
+    half = packed.to(torch.bfloat16)
+    assert half.get_submodule("model.layers.0.mlp.up_proj").decoded().dtype == torch.bfloat16
+
+
 def test_bits_of_residuals_are_those_asked_for(tmp_path):
     source = ModelSource(save_family(tmp_path / "base", "llama", hidden=64))
     algorithm = reallm(**{**NERV, "nerv": {"epochs": 1, "bits": 6.5}})
