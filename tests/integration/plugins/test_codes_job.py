@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = {
     "GPTQ": ("gptq_quantization", ("compressed-tensors", "gguf", "dense"), {}),
     "AutoAWQ": ("awq_quantization", ("awq", "dense"), {}),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = {
     "rank": 2, "iterations": 1, "nsamples": 8, "model_seqlen": 32, "block_tuning": "{max_epochs: 1}",
     "global_tuning": "{max_epochs: 1, nsamples: 8, model_seqlen: 32}", "save_intermediate_results": "true",

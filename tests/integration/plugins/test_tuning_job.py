@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 QUICKSTART = ROOT / "examples" / "quickstart"
 TEXTS = QUICKSTART / "data"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
