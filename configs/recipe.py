@@ -44,6 +44,7 @@ from configs.values import (
     path,
 )
 
+CHUNKED = "gptq_wikitext"  # the one task that is not lm-eval's
 EVALUATION_CORPORA = ("wikitext2", "ptb", "ptb_new", "c4", "c4_new", "pajama")
 DEFAULT_MODEL = "huggyllama/llama-7b"
 SPLITS = Choice(("train", "validation", "test"))
@@ -106,7 +107,10 @@ Corpora = Annotated[
 
 def _tasks(value: object) -> tuple[str, ...]:
     """Reads a list of tasks, "gsm8k:5,gptq_wikitext" or a YAML list."""
-    return tuple(str(task_request(name)) for name in names(value))
+    requests = [task_request(name) for name in names(value)]
+    if any(request.name == CHUNKED and request.num_fewshot for request in requests):
+        raise expected(f"{CHUNKED} without examples: it is a perplexity")
+    return tuple(map(str, requests))
 
 
 Tasks = Annotated[tuple[str, ...], BeforeValidator(_tasks, json_schema_input_type=str | list[str] | None)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.base import Progress
-from algorithms.modeling.files import atomic_write_json, atomic_write_text
+from algorithms.modeling.files import atomic_write_json, atomic_write_text, file_digest
 from algorithms.modeling.lockstep import free_bytes
 from algorithms.modeling.on_demand import held, place, shelf_of
 from configs.errors import DataError
 from configs.names import TaskRequest
-from configs.recipe import EvaluationConfig
+from configs.recipe import CHUNKED, EvaluationConfig
 from jobs.execution.collaborators import Collaborators
 from jobs.results.artifacts import canonical_digest
 from jobs.scoring.figures import (
@@ -42,27 +43,37 @@ from jobs.scoring.figures import (
 
 logger = logging.getLogger(__name__)
 
-CHUNKED = "gptq_wikitext"  # the one task that is not lm-eval's
 BASE = "base"
+_SHORT = 12  # characters of a text's digest that tell it from others of its name
 _HELD_SHARE = 0.8  # of the free memory, which a model that answers tasks may take
+
+
+class IncompleteEvaluationError(DataError):
+    """Some tasks could not be run. ``figures`` are all others."""
+
+    def __init__(self, message: str, figures: Figures) -> None:
+        super().__init__(message)
+        self.figures = figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
     """What a model is scored on: texts by name, [n] int64 token ids cut to what the recipe allows, and tasks.
 
-    ``chunked`` is the text of gptq_wikitext, where it is among the tasks.
+    ``tasks`` are digests of what each task asks, by the task as the recipe has it; ``chunked`` is the text of gptq_wikitext,
+    where it is among them.
     """
 
     settings: EvaluationConfig
     tokens: Mapping[str, Tensor]
+    tasks: Mapping[str, str] = field(default_factory=dict)
     chunked: Tensor | None = None
 
     def key(self, model_key: str | None) -> str:
         """Names a result: the model, the settings and every token. None as model: the uncompressed one alone."""
-        return canonical_digest(
-            [model_key, self.settings.model_dump(mode="json"), {n: _digest(t) for n, t in self.tokens.items()}]
-        )
+        texts = {name: _digest(tokens) for name, tokens in self.tokens.items()}
+        asked = [texts, dict(self.tasks), _digest(self.chunked)]
+        return canonical_digest([model_key, self.settings.model_dump(mode="json"), asked])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +129,24 @@ def load_questions(
                 + (f" of which max_tokens keeps {tokens[name].numel()}" if tokens[name].numel() < found.numel() else "")
                 + f"; one window of sequence_length {length} needs {length}. Lower EVALUATION.sequence_length."
             )
-    requests = settings.requests
-    parts.harness(settings, sources.cache_dir).check([request for request in requests if request.name != CHUNKED])
-    chunked = sources.chunked() if any(request.name == CHUNKED for request in requests) else None
-    return Questions(settings=settings, tokens=tokens, chunked=chunked)
+    requests = [request for request in settings.requests if request.name != CHUNKED]
+    if requests and settings.apply_chat_template and not getattr(sources.tokenizer(), "chat_template", None):
+        raise DataError("EVALUATION.apply_chat_template: the model's tokenizer has no chat template; set it to false.")
+    tasks = parts.harness(settings, sources.cache_dir).check(requests)
+    chunked = sources.chunked() if any(request.name == CHUNKED for request in settings.requests) else None
+    return Questions(settings=settings, tokens=tokens, tasks=tasks, chunked=chunked)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where texts come from: ``corpus`` gives the tokens of one by its name, ``chunked`` those of gptq_wikitext."""
+    """Where texts come from: ``corpus`` gives the tokens of one by its name, ``chunked`` those of gptq_wikitext.
+
+    ``tokenizer`` is the model's.
+    """
 
     corpus: Callable[[str], Tensor]
     chunked: Callable[[], Tensor]
+    tokenizer: Callable[[], object]
     cache_dir: Path
 
 
@@ -150,27 +167,46 @@ class Examiner:
         """Both models on every text and task; either may be left out, and on texts a model alone counts as the base.
 
         Every result is given to ``note`` as a record, and in a line to the log.
+
+        Raises:
+            IncompleteEvaluationError: a task could not be run; the error has what the others came to.
         """
         first = base or model
         assert first is not None, "there is something to score"
         second = None if base is None else model
-        corpora, tasks = [], []
+        corpora, tasks, failed = [], [], []
         with self.progress("evaluation", len(self.questions.tokens) + len(self.questions.settings.requests)) as step:
             for name, tokens in self.questions.tokens.items():
                 corpora.append(self._corpus(name, tokens, first, second))
                 self.note(asdict(corpora[-1]))
                 step(describe(corpora[-1]))
             for request in self.questions.settings.requests:
-                found = self._task(request, base, model)
+                try:
+                    found = self._task(request, base, model)
+                except DataError as error:  # the others are worth having all the same
+                    logger.error("%s", error)
+                    failed.append(str(error))
+                    step(f"{request} failed")
+                    continue
                 for figures in found:
                     self.note(asdict(figures))
                 tasks += found
                 step("; ".join(map(describe_task, found)))
-        return Figures(corpora=tuple(corpora), tasks=tuple(tasks))
+        measured = Figures(corpora=tuple(corpora), tasks=tuple(tasks))
+        if failed:
+            raise IncompleteEvaluationError("\n".join(failed), measured)
+        return measured
 
     def _corpus(self, name: str, tokens: Tensor, base: Subject, model: Subject | None) -> CorpusFigures:
         settings = self.questions.settings
-        shaping = [base.key, model and model.key, settings.sequence_length, settings.kl_divergence, _digest(tokens)]
+        shaping = [
+            base.key,
+            model and model.key,
+            settings.sequence_length,
+            settings.kl_divergence,
+            settings.dtype,
+            _digest(tokens),
+        ]
         key = canonical_digest(["corpus", name, *shaping])
         if key in self.memory.known:
             return corpus_from(self.memory.known[key])
@@ -188,19 +224,21 @@ class Examiner:
     def _results(self, request: TaskRequest, subject: Subject) -> dict[str, TaskResult]:
         """Name -> result of every task that the request stands for."""
         settings, chunked = self.questions.settings, self.questions.chunked
-        shaping = _digest(chunked) if request.name == CHUNKED else _shaping(settings)
-        key = canonical_digest(["task", str(request), subject.key, shaping])
+        shaping = _digest(chunked) if request.name == CHUNKED else [*_shaping(settings), self.questions.tasks[str(request)]]
+        key = canonical_digest(["task", str(request), subject.key, settings.dtype, shaping])
         folder = self.folder / subject.label / request.name
-        if key in self.memory.known and any(folder.glob("results*.json")):
-            found = [task_result_from(record) for record in self.memory.known[key]["results"]]
-            return {result.task: result for result in found}
+        known = self.memory.known.get(key)
+        if known is not None and known["digest"] == _file_digest(folder / str(known["file"])):
+            return {result.task: result for result in map(task_result_from, known["results"])}
         if request.name == CHUNKED:
             found = [self._chunked(subject, folder)]
         else:
             with _ready_to_answer(subject.model):
                 harness = self.parts.harness(settings, self.cache_dir)
                 found = list(harness.run(request, subject.model, self.tokenizer(), folder))
-        self.memory.keep(key, subject.key, {"results": [asdict(result) for result in found]})
+        file = max(folder.glob("results*.json"), key=lambda path: path.stat().st_mtime_ns)
+        record = {"results": [asdict(result) for result in found], "file": file.name, "digest": _file_digest(file)}
+        self.memory.keep(key, subject.key, record)
         return {result.task: result for result in found}
 
     def _chunked(self, subject: Subject, folder: Path) -> TaskResult:
@@ -240,7 +278,7 @@ def placed(model: nn.Module, device: torch.device, settings: EvaluationConfig | 
 def _ready_to_answer(model: nn.Module) -> Iterator[None]:
     """Within, all of a model is in memory, if there is room: answering takes thousands of forwards."""
     shelf = shelf_of(model)
-    needed = 0 if shelf is None else 4 * sum(parameter.numel() for parameter in shelf.blocks.parameters())
+    needed = 0 if shelf is None else shelf.dtype.itemsize * sum(parameter.numel() for parameter in shelf.blocks.parameters())
     device = torch.device("cpu") if shelf is None else shelf.device
     if shelf is not None and needed > _HELD_SHARE * free_bytes(device):
         logger.warning(
@@ -273,6 +311,8 @@ def _score_text(
             kl_interval=both.kl_interval,
             top1_interval=both.top1_interval,
             ratio_interval=both.ratio_interval,
+            dtype=settings.dtype,
+            text=_digest(tokens)[:_SHORT],
         )
     before = parts.perplexity(base, tokens, length)
     after = None if model is None else parts.perplexity(model, tokens, length)
@@ -285,7 +325,28 @@ def _score_text(
         base_perplexity_interval=before.interval,
         perplexity=None if after is None else after.value,
         perplexity_interval=None if after is None else after.interval,
+        dtype=settings.dtype,
+        text=_digest(tokens)[:_SHORT],
     )
+
+
+def file_memory(path: Path) -> Memory:
+    """What an evaluation outside a job remembers: in a file beside its results, until another model or text has its place."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    found = known if isinstance(known, dict) else {}
+
+    def _keep(key: str, subject: str, record: Mapping[str, object]) -> None:
+        found[key] = record
+        atomic_write_json(path, found)
+
+    return Memory(known=dict(found), keep=_keep)
+
+
+def _file_digest(path: Path) -> str:
+    return file_digest(path) if path.is_file() else ""
 
 
 def _shaping(settings: EvaluationConfig) -> list[object]:

@@ -20,7 +20,7 @@ from jobs.earlier_jobs import lineage
 from jobs.estimation.forecast import forecast
 from jobs.estimation.requirements import require
 from jobs.estimation.room import Room
-from jobs.evaluation import Questions, Sources, Subject, load_questions, placed
+from jobs.evaluation import Questions, Sources, Subject, file_memory, load_questions, placed
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.conclusion import Outcome, conclude, measure
 from jobs.execution.interruption import JobInterrupted, interruptible
@@ -120,7 +120,8 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
             raise DataError("EVALUATION names no texts; to evaluate, write for example EVALUATION: {perplexity: [wikitext2]}.")
         stored = None if directory is None else load_stored(directory, materials)
         subject = None if stored is None else _subject(stored, job, questions)
-        measured = measure(job, questions, subject)
+        memory = file_memory(job.workspace.evaluation_dir / "progress.json")
+        measured = measure(job, questions, subject, memory=memory, mark={"model": str(directory or job.source.name)})
         record = {
             "model": str(directory or job.source.name),
             "key": questions.key(None if stored is None else stored.digest),
@@ -133,7 +134,9 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
 
 
 def _subject(stored: StoredModel, job: Job, questions: Questions) -> Subject:
-    label = (stored.algorithm or job.algorithm).product
+    product, published = (stored.algorithm or job.algorithm).product, job.manifest.current.published
+    # Another model than the job's own result has a folder of its own: the job's figures stay what they are.
+    label = product if published is not None and published.key == stored.digest else f"{product}-{stored.digest[:8]}"
     return Subject(key=stored.digest, label=label, open=lambda: placed(stored.open(), job.device, questions.settings))
 
 
@@ -291,6 +294,7 @@ def _questions(job: Job) -> Questions | None:
     sources = Sources(
         corpus=lambda name: parts.corpus_tokens(name, *place_of),
         chunked=lambda: parts.chunked_wikitext(*place_of),
+        tokenizer=job.source.tokenizer,
         cache_dir=job.workspace.cache_dir,
     )
     return load_questions(settings, parts, sources, positions)

@@ -167,11 +167,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     late = [word for word in (*(str(file.path) for file in files), *more) if word in COMMANDS]
     if late and not Path(late[0]).exists():
         parser.error(f"{late[0]!r} stands too late; {_COMMAND_FIRST}")
-    instead = [option for option in command.in_place_of_recipe if found.get(option) is not None]
-    if not files and not instead:
-        parser.error("name a recipe: --yaml_path FILE or --json_path FILE")
+    models = [option for option in command.in_place_of_recipe if found.get(option) is not None]
+    if not files and not models:
+        others = "".join(f" or --{option}" for option in command.in_place_of_recipe)
+        parser.error(f"name a recipe: --yaml_path FILE or --json_path FILE{others}")
     if name == "evaluate":
-        _check_models(parser, found, files, instead)
+        _check_models(parser, found, files, models)
     options = {option: value for option, value in found.items() if option not in _RECIPE_OPTIONS}
     return Arguments(command=name, files=tuple(files), overrides=(*overrides, *more), **options)
 

@@ -18,7 +18,7 @@ from algorithms.modeling.on_demand import place
 from configs.errors import CertificateError, DataError
 from configs.loader import LoadedRecipe
 from jobs.estimation.prediction import CERTIFICATE, EVALUATION
-from jobs.evaluation import BASE, Examiner, Memory, Questions, Subject, placed
+from jobs.evaluation import BASE, Examiner, IncompleteEvaluationError, Memory, Questions, Subject, placed
 from jobs.execution.resources import Meter, Usage
 from jobs.execution.stage import Job
 from jobs.manifest import Manifest, Publication, StageRecord, Status, now
@@ -116,7 +116,11 @@ def conclude(outcome: Outcome) -> Summary:
         _write_card(outcome, _summary(outcome, Figures(), certificates, before))
     for note in job.algorithm.serving_notes(job.workspace.job_dir):
         logger.info("%s", note)
-    figures = Figures() if outcome.questions is None else _figures(outcome, outcome.questions)
+    incomplete: IncompleteEvaluationError | None = None
+    try:
+        figures = Figures() if outcome.questions is None else _figures(outcome, outcome.questions)
+    except IncompleteEvaluationError as error:  # said once the card and the report have all the rest
+        incomplete, figures = error, error.figures
     summary = _summary(outcome, figures, certificates, before)
     if outcome.formats and figures:
         _write_card(outcome, summary)
@@ -124,6 +128,8 @@ def conclude(outcome: Outcome) -> Summary:
     if failed:
         job.manifest.close_run(Status.CERTIFICATE_FAILED)
         raise CertificateError(_failure(job, failed))
+    if incomplete is not None:
+        raise incomplete
     if outcome.formats and not outcome.keep_intermediate:
         remove_folder(job.workspace.tmp_dir)
     return summary
@@ -202,26 +208,32 @@ def _figures(outcome: Outcome, questions: Questions) -> Figures:
     earlier = outcome.remembered(manifest.current.evaluation, key)
     if earlier is not None and "time" in earlier:
         return from_records(earlier)
-    found = dict((manifest.current.evaluation or {}).get("done", {}))
+    before = dict(manifest.current.evaluation or {})
+    found = dict(before.get("done", {}))
     if outcome.is_fresh:  # made in this run, perhaps to the same key as before: nothing said of it counts
         found = {item: record for item, record in found.items() if record["subject"] != outcome.artifact.digest}
-    done = {item: record["result"] for item, record in found.items()}
+        before = {"key": "", "figures": [], "done": found}
+    spent = before["spent"]["cost"] if before.get("spent", {}).get("key") == key else None
+    known = {item: record["result"] for item, record in found.items()}
 
     def _keep(item: str, subject: str, record: Mapping[str, object]) -> None:
         found[item] = {"subject": subject, "result": record}
-        manifest.update(evaluation={"key": key, "figures": [], "done": found})
+        cost = asdict(meter.usage().after(spent))
+        manifest.update(evaluation={**before, "done": found, "spent": {"key": key, "cost": cost}})
 
-    measured = measure(
-        job,
-        questions,
-        Subject(
-            key=outcome.artifact.digest,
-            label=job.algorithm.product,
-            open=lambda: placed(outcome.served(), job.device, questions.settings),
-        ),
-        memory=Memory(known=done, keep=_keep),
-    )
-    manifest.update(evaluation={"key": key, "done": found, **measured.record(), "predicted": _predicted(job, EVALUATION)})
+    with Meter() as meter:
+        measured = measure(
+            job,
+            questions,
+            Subject(
+                key=outcome.artifact.digest,
+                label=job.algorithm.product,
+                open=lambda: placed(outcome.served(), job.device, questions.settings),
+            ),
+            memory=Memory(known=known, keep=_keep),
+        )
+    record = {**measured.record(), "cost": asdict(meter.usage().after(spent)), "predicted": _predicted(job, EVALUATION)}
+    manifest.update(evaluation={"key": key, "done": found, **record})
     return measured.figures
 
 
@@ -243,10 +255,17 @@ class Measured:
         return {"time": now(), **as_records(self.figures), "cost": asdict(self.cost)}
 
 
-def measure(job: Job, questions: Questions, model: Subject | None, *, memory: Memory | None = None) -> Measured:
+def measure(
+    job: Job,
+    questions: Questions,
+    model: Subject | None,
+    *,
+    memory: Memory | None = None,
+    mark: Mapping[str, object] | None = None,
+) -> Measured:
     """Score a model beside the uncompressed one, or with None that one alone.
 
-    Each result becomes a line of metrics.jsonl; tasks leave their files in the job's ``evaluation`` folder.
+    Each result becomes a line of metrics.jsonl, with ``mark`` in it; tasks leave files in the job's ``evaluation`` folder.
     """
     examiner = Examiner(
         questions=questions,
@@ -256,7 +275,7 @@ def measure(job: Job, questions: Questions, model: Subject | None, *, memory: Me
         cache_dir=job.workspace.cache_dir,
         tokenizer=job.source.tokenizer,
         memory=memory or Memory(),
-        note=lambda record: job.metrics({"stage": "evaluation", **record}),
+        note=lambda record: job.metrics({"stage": "evaluation", **(mark or {}), **record}),
     )
     base = Subject(
         key=job.source.digest,

@@ -7,9 +7,11 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -27,6 +29,18 @@ class Usage:
     wall_s: float
     peak_memory_bytes: int
     peak_cuda_memory_bytes: int | None
+
+    def after(self, earlier: Mapping[str, Any] | None) -> Usage:
+        """The cost of this and of an earlier attempt, which is given by the names of these fields."""
+        if earlier is None:
+            return self
+        cuda = [peak for peak in (self.peak_cuda_memory_bytes, earlier["peak_cuda_memory_bytes"]) if peak is not None]
+        return Usage(
+            user_cpu_s=round(self.user_cpu_s + earlier["user_cpu_s"], 3),
+            wall_s=round(self.wall_s + earlier["wall_s"], 3),
+            peak_memory_bytes=max(self.peak_memory_bytes, earlier["peak_memory_bytes"]),
+            peak_cuda_memory_bytes=max(cuda, default=None),
+        )
 
 
 class Meter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from configs.errors import DataError
 from configs.names import SERVICES
 from jobs.manifest import Manifest, read_manifest
 from jobs.reporting.summary import BitAccount, size
-from jobs.scoring.figures import CorpusFigures, Figures, Interval, from_records
+from jobs.scoring.figures import CorpusFigures, Figures, Interval, TaskFigures, from_records
 from jobs.workspace import MANIFEST
 
 UNCOMPRESSED = "uncompressed"
@@ -38,6 +39,26 @@ class Entry:
     cpu_seconds: float | None = None
 
 
+@dataclass(frozen=True, order=True)
+class ScoredText:
+    """What figures have to agree in to be comparable: which text, cut how, scored in which arithmetic."""
+
+    corpus: str
+    sequence_length: int
+    windows: int
+    dtype: str
+    digest: str
+
+    def __str__(self) -> str:
+        arithmetic = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"{self.corpus} (sequence length {self.sequence_length}, {self.windows} windows{arithmetic})"
+
+    @property
+    def short(self) -> str:
+        """For the head of a column."""
+        return f"{self.corpus}@{self.sequence_length}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where the entry of a ``number`` stands: bytes of weights, and a figure of which less is better.
@@ -57,15 +78,14 @@ class Place:
 class Plane:
     """A figure on one text at one sequence length, over size. Figures of other lengths are not comparable."""
 
-    text: str
-    sequence_length: int
+    text: ScoredText
     figure: str
     places: Sequence[Place]
 
     @property
     def title(self) -> str:
         """What is drawn."""
-        return f"{self.figure} on {self.text} (sequence length {self.sequence_length})"
+        return f"{self.figure} on {self.text}"
 
 
 def find_job(name: str, user_folder: Path) -> Path:
@@ -103,15 +123,18 @@ def read_entries(folders: Sequence[Path]) -> list[Entry]:
     bases: dict[str, Entry] = {}
     for folder, job in zip(folders, jobs, strict=True):
         manifest = read_manifest(folder / MANIFEST)
-        if job.figures.corpora and job.model not in bases:
+        if job.figures and job.model not in bases:
             before = None if manifest.sizes is None else manifest.sizes["before"]
             bases[job.model] = Entry(
                 name=UNCOMPRESSED, model=job.model, method="", figures=_of_the_base(job.figures), bytes=before
             )
         elif job.model in bases:
-            both = (*bases[job.model].figures.corpora, *_of_the_base(job.figures).corpora)
-            merged = {_text_of(corpus): corpus for corpus in both}
-            bases[job.model] = replace(bases[job.model], figures=Figures(corpora=tuple(merged.values())))
+            earlier, own = bases[job.model].figures, _of_the_base(job.figures)
+            texts = {_text_of(corpus): corpus for corpus in (*own.corpora, *earlier.corpora)}
+            tasks = {_metric_of(task): task for task in (*own.tasks, *earlier.tasks)}
+            bases[job.model] = replace(
+                bases[job.model], figures=Figures(corpora=tuple(texts.values()), tasks=tuple(tasks.values()))
+            )
     return [*bases.values(), *_told_apart(jobs)]
 
 
@@ -125,32 +148,35 @@ def planes(entries: Sequence[Entry]) -> list[Plane]:
                 place for number, entry in enumerate(entries) if (place := _place(number, entry, text, figure)) is not None
             ]
             if len(places) > 1:
-                found.append(Plane(text=text[0], sequence_length=text[1], figure=figure, places=_with_the_best(places)))
+                found.append(Plane(text=text, figure=figure, places=_with_the_best(places)))
     return found
 
 
-def _text_of(corpus: CorpusFigures) -> tuple[str, int, int]:
-    """What figures have to agree in to be comparable."""
-    return corpus.corpus, corpus.sequence_length, corpus.windows
+def _text_of(corpus: CorpusFigures) -> ScoredText:
+    return ScoredText(corpus.corpus, corpus.sequence_length, corpus.windows, corpus.dtype, corpus.text)
 
 
-def _place(number: int, entry: Entry, text: tuple[str, int, int], figure: str) -> Place | None:
+def _place(number: int, entry: Entry, text: ScoredText, figure: str) -> Place | None:
     corpus = next((one for one in entry.figures.corpora if _text_of(one) == text), None)
     if corpus is None or entry.bytes is None:
         return None
     value, interval = corpus.perplexity, corpus.perplexity_interval
     if figure == DIVERGENCE:
         value, interval = corpus.kl_divergence, corpus.kl_interval
-    return None if value is None else Place(number=number, entry=entry, bytes=entry.bytes, value=value, interval=interval)
+    if value is None or not math.isfinite(value):
+        return None
+    return Place(number=number, entry=entry, bytes=entry.bytes, value=value, interval=interval)
 
 
 def table_of(entries: Sequence[Entry]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Columns and rows."""
-    texts = list(dict.fromkeys((c.corpus, c.sequence_length) for entry in entries for c in entry.figures.corpora))
-    tasks = list(dict.fromkeys((t.task, t.num_fewshot, t.metric) for entry in entries for t in entry.figures.tasks))
+    texts = sorted({_text_of(corpus) for entry in entries for corpus in entry.figures.corpora})
+    tasks = list(dict.fromkeys(_metric_of(task) for entry in entries for task in entry.figures.tasks))
+    shorts = [text.short for text in texts]
     columns = ["", "method", "bits a weight", "bits a parameter", "weights"]
-    columns += [f"{what} {text}@{length}" for text, length in texts for what in ("ppl", "KL")]
-    columns += [f"{task}{'' if shots is None else f':{shots}'} {metric}" for task, shots, metric in tasks]
+    names = [text.short if shorts.count(text.short) == 1 else f"{text} {text.digest[:4]}".rstrip() for text in texts]
+    columns += [f"{what} {name}" for name in names for what in ("ppl", "KL")]
+    columns += [f"{task}{'' if shots is None else f':{shots}'} {metric}, {samples}" for task, shots, metric, samples in tasks]
     columns += ["certificate", "CPU"]
     return columns, [_row(entry, texts, tasks) for entry in entries]
 
@@ -200,8 +226,16 @@ def _of_the_base(figures: Figures) -> Figures:
                 kl_interval=None, top1_agreement=None, top1_interval=None, ratio_interval=None,
             )
             for c in figures.corpora
-        )
+        ),
+        tasks=tuple(
+            replace(t, value=t.base_value, error=t.base_error) for t in figures.tasks if t.base_value is not None
+        ),
     )  # fmt: skip
+
+
+def _metric_of(task: TaskFigures) -> tuple[str, int | None, str, int]:
+    """What values of tasks have to agree in to be comparable."""
+    return task.task, task.num_fewshot, task.metric, task.samples
 
 
 def _told_apart(jobs: Sequence[Entry]) -> list[Entry]:
@@ -221,24 +255,24 @@ def _with_the_best(places: Sequence[Place]) -> list[Place]:
     return [replace(place, is_best=not any(_beats(other, place) for other in places)) for place in places]
 
 
-def _row(entry: Entry, texts: Sequence[tuple[str, int]], tasks: Sequence[tuple[str, int | None, str]]) -> tuple[str, ...]:
+def _row(entry: Entry, texts: Sequence[ScoredText], tasks: Sequence[tuple[str, int | None, str, int]]) -> tuple[str, ...]:
     bits = entry.bits
     cells = [entry.name if entry.method else f"{entry.model}, {UNCOMPRESSED}", entry.method]
     cells += ["", ""] if bits is None else [f"{bits.per_weight:.3f}", f"{bits.per_model_parameter:.3f}"]
     cells.append("" if entry.bytes is None else size(entry.bytes))
-    for text, length in texts:
-        found = next((c for c in entry.figures.corpora if (c.corpus, c.sequence_length) == (text, length)), None)
+    for text in texts:
+        found = next((c for c in entry.figures.corpora if _text_of(c) == text), None)
         cells.append("" if found is None or found.perplexity is None else f"{found.perplexity:.4g}")
         cells.append("" if found is None or found.kl_divergence is None else f"{found.kl_divergence:.4g}")
     for key in tasks:
-        task = next((t for t in entry.figures.tasks if (t.task, t.num_fewshot, t.metric) == key), None)
+        task = next((t for t in entry.figures.tasks if _metric_of(t) == key), None)
         cells.append("" if task is None or task.value is None else f"{task.value:.4g}")
     cells += [entry.certificate, "" if entry.cpu_seconds is None else f"{entry.cpu_seconds:.1f} s"]
     return tuple(cells)
 
 
 def _scatter(plane: Plane) -> list[str]:
-    """A drawing in characters: capital position is the value, downwards better; * marks those that none beats."""
+    """A drawing in characters: size to the right, the figure upwards, a letter for each entry, + where two of them meet."""
     low, high = min(p.value for p in plane.places), max(p.value for p in plane.places)
     small, large = min(p.bytes for p in plane.places), max(p.bytes for p in plane.places)
     grid = [[" "] * _WIDTH for _ in range(_HEIGHT)]

@@ -147,6 +147,9 @@ def describe_job(
         notes.append("The expected costs are those of one process.")
     if loaded.recipe.evaluation is not None and loaded.recipe.evaluation.tasks:
         notes.append("The tasks of EVALUATION come on top: nobody knows their length before they have run.")
+        folder = loaded.recipe.evaluation.task_folder
+        if folder is not None and not folder.expanduser().is_dir():
+            notes.append(f"A run would be refused: EVALUATION.task_folder: {folder} is no folder.")
     return JobPlan(
         paths=paths,
         rows=tuple((stage.spec.name, stage.action.value, stage.reason) for stage in plan.stages),

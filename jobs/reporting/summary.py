@@ -174,7 +174,7 @@ class Summary:
             (
                 f.task,
                 "" if f.num_fewshot is None else str(f.num_fewshot),
-                str(f.samples),
+                str(f.samples) + (f", {f.truncated} cut" if f.truncated else ""),
                 "" if f.bos_added is None else "yes" if f.bos_added else "no",
                 f.metric,
                 " -> ".join(with_error(v, e) for v, e in ((f.base_value, f.base_error), (f.value, f.error)) if v is not None),

@@ -91,7 +91,10 @@ def find_stored(
         return StoredModel(open=_opener(owner, record, place, source), digest=record.key, algorithm=owner)
     if not (place / CONFIG).is_file():
         return None
-    settings = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
+    try:
+        settings = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{place / CONFIG} is not the configuration of a model ({error}).") from error
     if str(settings.get("quant_method", "")).startswith(OUR_LAYOUTS):
         raise DataError(
             f"{directory} is packed in a layout of this program, and the job that wrote it is not around it. "

@@ -19,7 +19,8 @@ class CorpusFigures:
     ``perplexity`` is the compressed model's, None where only the uncompressed one was scored. ``kl_divergence`` is the mean
     over predicted tokens of KL(uncompressed, compressed) in nats, ``top1_agreement`` the share of them with the same first
     choice; both None where they were not asked for. Intervals are 95 % bootstrap intervals over windows;
-    ``ratio_interval`` is that of perplexity over base_perplexity, whose windows are paired.
+    ``ratio_interval`` is that of perplexity over base_perplexity, whose windows are paired. Models computed in ``dtype``;
+    ``text`` is the beginning of the tokens' digest.
     """
 
     corpus: str
@@ -35,6 +36,8 @@ class CorpusFigures:
     kl_interval: Interval | None = None
     top1_interval: Interval | None = None
     ratio_interval: Interval | None = None
+    dtype: str = "float32"
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class TaskResult:
     """What one model came to on one task: ``metrics`` by name, each a value and, where there is one, its standard error.
 
     ``bos_added`` says whether the beginning-of-sequence token stood before each text: it moves results more than many a
-    compression. None where the task has a rule of its own.
+    compression. None where the task has a rule of its own. ``truncated`` prompts were longer than the model takes, so that
+    their beginning was cut off.
     """
 
     task: str
@@ -50,6 +54,7 @@ class TaskResult:
     samples: int
     metrics: Mapping[str, tuple[float, float | None]]
     bos_added: bool | None = None
+    truncated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,7 @@ class TaskFigures:
     base_error: float | None = None
     value: float | None = None
     error: float | None = None
+    truncated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,7 @@ def side_by_side(base: TaskResult | None, model: TaskResult | None) -> tuple[Tas
                 metric=metric,
                 samples=known.samples,
                 bos_added=known.bos_added,
+                truncated=known.truncated,
                 base_value=before[0],
                 base_error=before[1],
                 value=after[0],
@@ -118,7 +125,8 @@ def describe_task(figures: TaskFigures) -> str:
     values = " -> ".join(with_error(value, error) for value, error in sides if value is not None)
     shots = "" if figures.num_fewshot is None else f"{figures.num_fewshot} examples, "
     bos = "" if figures.bos_added is None else f", {'with' if figures.bos_added else 'without'} BOS"
-    return f"{figures.task} {figures.metric} {values} ({shots}{figures.samples} samples{bos})"
+    cut = f", {figures.truncated} of them cut" if figures.truncated else ""
+    return f"{figures.task} {figures.metric} {values} ({shots}{figures.samples} samples{cut}{bos})"
 
 
 def with_error(value: float, error: float | None) -> str:

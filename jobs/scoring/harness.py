@@ -6,16 +6,20 @@ Spec 10.3. Whether the beginning-of-sequence token stands before a text is decid
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,9 +28,12 @@ from configs.errors import DataError, MissingEnvironmentError
 from configs.names import TaskRequest
 from configs.recipe import EvaluationConfig
 from configs.values import nearest_name
+from jobs.results.artifacts import canonical_digest
 from jobs.scoring.figures import TaskResult
 
 if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
@@ -46,19 +53,28 @@ class Harness:
     settings: EvaluationConfig
     cache_dir: Path
 
-    def check(self, requests: Sequence[TaskRequest]) -> None:
+    def check(self, requests: Sequence[TaskRequest]) -> dict[str, str]:
         """Find all tasks and fetch their data, so that nothing of it fails after hours of compression.
+
+        Returns:
+            Request -> a digest of what it asks: the settings of its tasks and the fingerprints of their data.
 
         Raises:
             DataError: no such task, or its data cannot be had; says which.
             MissingEnvironmentError: lm-eval is not installed.
         """
         if not requests:
-            return
-        manager = self._manager(requests)
+            return {}
+        manager, found = self._manager(requests), {}
         for request in requests:
             with datasets_in(self.cache_dir), _told(request):
-                manager.load([request.name])
+                tasks = manager.load([request.name])["tasks"]
+                for task in tasks.values():  # the first question shows whether texts can be made of the data at all
+                    documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
+                    for document in itertools.islice(documents or (), 1):
+                        task.doc_to_text(document)
+                found[str(request)] = canonical_digest([_asked(tasks[name]) for name in sorted(tasks)])
+        return found
 
     def run(
         self, request: TaskRequest, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path
@@ -103,7 +119,13 @@ class Harness:
             )
         assert found is not None, "only ranks other than the first get nothing"
         _write(found, folder, request)
-        return _results(found, request, added)
+        cut = _truncated(found, client)
+        if cut:
+            logger.warning(
+                "%s: %d prompts are longer than the %d tokens that the model takes; their beginning was cut off. Ask for fewer "
+                "examples.", request, sum(cut.values()), client.max_length,
+            )  # fmt: skip
+        return tuple(replace(result, truncated=_count(cut, found, result.task)) for result in _results(found, request, added))
 
     def _manager(self, requests: Sequence[TaskRequest]) -> TaskManager:
         """The recipe's own tasks alone where these are enough: reading lm-eval's index takes seven seconds."""
@@ -170,12 +192,10 @@ def _told(request: TaskRequest) -> Iterator[None]:
     """Errors about a task's data as an error that names the task."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, IndexError, TemplateError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"EVALUATION.tasks: {request} cannot be run: {type(error).__name__}: {reason}. "
-            "Its data comes from the hub unless its YAML file says otherwise."
-        ) from error
+        hint = " Its data comes from the hub unless its YAML file says otherwise." if isinstance(error, OSError) else ""
+        raise DataError(f"EVALUATION.tasks: {request} cannot be run: {type(error).__name__}: {reason}.{hint}") from error
 
 
 def _write(found: Mapping[str, Any], folder: Path, request: TaskRequest) -> None:
@@ -211,6 +231,38 @@ def _results(found: Mapping[str, Any], request: TaskRequest, bos_added: bool) ->
         )
         for name in names
     )
+
+
+def _asked(task: Task) -> list[object]:
+    """What a task asks: its settings, without the addresses of functions in them, and which data."""
+    settings = json.dumps(task.dump_config(), default=str, sort_keys=True)
+    data = getattr(task, "dataset", None) or {}
+    prints = {split: getattr(table, "_fingerprint", "") for split, table in data.items()} if isinstance(data, dict) else {}
+    return [re.sub(r"0x[0-9a-f]+", "", settings), prints]
+
+
+def _truncated(found: Mapping[str, Any], client: HFLM) -> dict[str, int]:
+    """Task -> how many of its prompts do not fit the model whole."""
+    counts: Counter[str] = Counter()
+    for name, samples in found.get("samples", {}).items():
+        for sample in samples:
+            counts[name] += any(_is_too_long(arguments, client) for arguments in sample["arguments"])
+    return {name: count for name, count in counts.items() if count}
+
+
+def _is_too_long(arguments: Sequence[Any], client: HFLM) -> bool:
+    texts = [part for part in arguments if isinstance(part, str)]
+    room = client.max_length
+    if len(arguments) > 1 and isinstance(arguments[1], Mapping):
+        room -= int(arguments[1].get("max_gen_toks", client.max_gen_toks))
+    if sum(map(len, texts)) <= room:  # a token is a character at least
+        return False
+    return len(client.tok_encode("".join(texts))) > room + 1
+
+
+def _count(counts: Mapping[str, int], found: Mapping[str, Any], name: str) -> int:
+    parts = found.get("group_subtasks", {}).get(name, [])
+    return counts.get(name, 0) + sum(_count(counts, found, part) for part in parts if part != name)
 
 
 def _samples(found: Mapping[str, Any], name: str) -> int:

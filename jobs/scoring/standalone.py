@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -18,10 +18,11 @@ from algorithms.base import Process
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
 from algorithms.registry import config_class
-from configs.errors import DataError
+from configs.document import COMMAND_LINE
+from configs.errors import DataError, RecipeError
 from configs.loader import load_recipe
 from configs.recipe import Recipe
-from jobs.evaluation import BASE, Examiner, Sources, Subject, load_questions, placed
+from jobs.evaluation import BASE, Examiner, Sources, Subject, file_memory, load_questions, placed
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.interruption import interruptible
 from jobs.execution.preparation import versions
@@ -66,7 +67,10 @@ def evaluate_models(request: Request, *, parts: Collaborators | None = None) -> 
         raise DataError('EVALUATION names nothing to measure; add --tasks "gsm8k:5" or EVALUATION.perplexity=[wikitext2].')
     results = request.results.expanduser().absolute()
     workspace = open_workspace(recipe)
-    results.mkdir(parents=True, exist_ok=True)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--results {results}: the folder cannot be made ({error.strerror}). Choose another.") from error
     with logging_to(results, Process(), parts.terminal), interruptible(), Meter() as meter:
         base = None if request.base is None else parts.resolve_model(recipe, workspace)
         source, found = _compressed(request, recipe, workspace, base, parts)
@@ -78,6 +82,7 @@ def evaluate_models(request: Request, *, parts: Collaborators | None = None) -> 
             folder=results,
             cache_dir=workspace.cache_dir,
             tokenizer=source.tokenizer,
+            memory=file_memory(results / ".progress.json"),
         )
         figures = examiner.score(None if base is None else _base(base, recipe, parts), subject)
         record = {"base": request.base, "model": request.model, "versions": versions(1), "time": now()}
@@ -120,6 +125,7 @@ def _sources(recipe: Recipe, source: ModelSource, workspace: Workspace, parts: C
     return Sources(
         corpus=lambda name: parts.corpus_tokens(name, recipe, source, workspace),
         chunked=lambda: parts.chunked_wikitext(recipe, source, workspace),
+        tokenizer=source.tokenizer,
         cache_dir=workspace.cache_dir,
     )
 
@@ -138,4 +144,7 @@ def _as_recipe(request: Request) -> Recipe:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "evaluate.yaml"
         path.write_text(yaml.safe_dump(given, allow_unicode=True), encoding="utf-8")
-        return load_recipe(path, request.overrides, plugin_config=config_class).recipe
+        try:
+            return load_recipe(path, request.overrides, plugin_config=config_class).recipe
+        except RecipeError as error:  # nobody has seen that file
+            raise RecipeError([replace(problem, file=COMMAND_LINE, line=None) for problem in error.problems]) from None

@@ -36,16 +36,23 @@ def restructure(name: str, subname: str | None, output: Path, *, cache_dir: Path
             found = datasets.load_dataset("json", data_files={"train": str(place)}, **options)
         else:
             found = datasets.load_dataset(str(place) if place.exists() else name, subname, **options)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, StopIteration, DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{name}: the data set cannot be read ({reason}). Name another, or a .jsonl file of it.") from error
     for split, table in found.items():
-        missing = [column for column in COLUMNS if column not in table.column_names]
+        missing = [column for column in COLUMNS if column not in (table.column_names or ())]
         if missing:
-            raise DataError(f"{name}, split {split}: no column {missing[0]!r}; it has {', '.join(table.column_names)}.")
+            raise DataError(f"{name}, split {split}: no column {missing[0]!r}; it has {', '.join(table.column_names or ())}.")
+        for column in COLUMNS:
+            empty = next((row for row, value in enumerate(table[column]) if value is None), None)
+            if empty is not None:
+                raise DataError(f"{name}, split {split}: row {empty} has no {column}.")
     made = datasets.DatasetDict({split: table.map(_text, remove_columns=table.column_names) for split, table in found.items()})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    made.save_to_disk(str(output))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        made.save_to_disk(str(output))
+    except OSError as error:
+        raise DataError(f"{output}: the data set cannot be written ({error.strerror or error}).") from error
     return {split: len(table) for split, table in made.items()}
 
 

@@ -74,10 +74,11 @@ def _together(model: nn.Module, shelf: Shelf, batches: Sequence[Tensor]) -> Iter
             for walk in walks:  # to the first block
                 walk.switch()
             for index in range(len(shelf.blocks)):
-                shelf.take(index)
+                taken = shelf.take(index)
                 for walk in walks:  # through this block, to the next or behind the last
                     walk.switch()
-                shelf.put_back(index)
+                if taken:
+                    shelf.put_back(index)
         while walks:
             with torch.no_grad():
                 logits = walks.pop(0).switch()

@@ -145,5 +145,5 @@ def _perplexity(losses: Tensor, windows: Tensor) -> Perplexity:
 
 
 def exp(value: float) -> float:
-    """The exponential; infinity where a float cannot hold it."""
-    return math.exp(value) if value < 700 else math.inf
+    """The exponential; infinity where a float cannot hold it, NaN of NaN."""
+    return math.inf if value >= 700 else math.exp(value)

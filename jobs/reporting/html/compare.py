@@ -23,7 +23,7 @@ def comparison(entries: Sequence[Entry]) -> str:
             Section(
                 id="table",
                 title="Jobs",
-                texts=["Perplexity depends on the sequence length, which stands behind the text's name."],
+                texts=["Behind a text's name stands the sequence length, behind a metric the number of samples."],
                 notes=notes,
                 tables=[Table.of(columns, rows)],
             ),
@@ -44,6 +44,8 @@ def _section(found: Plane) -> Section:
         )
         for place in found.places
     ]
-    svg = plane(found.title, points, Axis(x="weights on disk (MB)", y=found.figure))
-    caption = "Smaller is to the left, better is below. Round points on the line: no other is both smaller and better."
-    return Section(id=safe_name(found.title), title=found.title, figures=[Drawing(svg=svg, caption=caption)])
+    svg = plane(f"{found.title} {found.text.digest}".rstrip(), points, Axis(x="weights on disk (MB)", y=found.figure))
+    caption = "Smaller is to the left, better is below. Round points: no other is both smaller and better."
+    return Section(
+        id=safe_name(f"{found.title} {found.text.digest}"), title=found.title, figures=[Drawing(svg=svg, caption=caption)]
+    )

@@ -22,6 +22,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -106,12 +107,12 @@ def bars(
         for number, label in enumerate(labels):
             places = [place + (number - (len(labels) - 1) / 2) * width for place in range(len(groups))]
             heights = [group[label] for group in groups.values()]
-            ends = [spreads.get(name, {}).get(label) or (height, height) for name, height in zip(groups, heights, strict=True)]
-            below = [max(height - low, 0) for height, (low, _) in zip(heights, ends, strict=True)]
-            above = [max(high - height, 0) for height, (_, high) in zip(heights, ends, strict=True)]
-            axes.bar(
-                places, heights, width * 0.92, color=COLORS[number], label=label, yerr=(below, above), ecolor=_INK, capsize=3
-            )
+            axes.bar(places, heights, width * 0.92, color=COLORS[number], label=label)
+            for name, place, height in zip(groups, places, heights, strict=True):
+                low, high = spreads.get(name, {}).get(label, (height, height))
+                if low < high:
+                    span = [[max(height - low, 0)], [max(high - height, 0)]]
+                    axes.errorbar([place], [height], yerr=span, ecolor=_INK, fmt="none", capsize=3)
         axes.set_xticks(range(len(groups)), list(groups))
         axes.grid(axis="x", visible=False)
         axes.set_ylabel(axis.y)
@@ -150,7 +151,7 @@ def plane(title: str, points: Sequence[Point], axis: Axis) -> Markup:
             axes.annotate(point.label, (point.x, point.y), textcoords="offset points", xytext=(6, 5), fontsize=9)
         front = sorted((point.x, point.y) for point in points if point.is_best)
         axes.plot([x for x, _ in front], [y for _, y in front], color=_INK, linewidth=1, zorder=0)
-        axes.margins(x=0.18, y=0.15)
+        axes.margins(x=0.3, y=0.15)
         _label(axes, axis)
 
     return _svg(title, _draw)

@@ -72,16 +72,12 @@ def _by_name(linears: Sequence[LinearRecord], value: str) -> list[Series]:
 def tuning_section(found: Measurements) -> Section:
     """The curves of block tuning and of whole models."""
     figures = []
-    tuned = [block for block in found.blocks if block.training_losses and block.training_losses[0] > 0]
+    curves = {block.index: block.validation_losses or block.training_losses for block in found.blocks}
+    tuned = {index: curve for index, curve in curves.items() if curve and curve[0] > 0}
     if tuned:
         series = [
-            Series(
-                label=f"block {block.index}",
-                x=range(len(curve)),
-                y=[loss / curve[0] for loss in curve],
-            )
-            for block in tuned
-            if (curve := block.validation_losses or block.training_losses)
+            Series(label=f"block {index}", x=range(len(curve)), y=[loss / curve[0] for loss in curve])
+            for index, curve in tuned.items()
         ]
         figures.append(
             Drawing(

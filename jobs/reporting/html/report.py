@@ -21,6 +21,10 @@ from jobs.reporting.summary import FIGURE_COLUMNS, STAGE_COLUMNS, TASK_COLUMNS, 
 from jobs.scoring.figures import CorpusFigures
 
 NAME = "report.html"
+_KL = (
+    "KL is the mean divergence of the compressed model's next-token distribution from the uncompressed one's; intervals are "
+    "95 % bootstrap intervals over windows."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,8 @@ def _numbers(summary: Summary) -> list[Number]:
         times = summary.size_before / summary.size_after if summary.size_after else 0
         found.append(
             Number(
-                value=f"{size(summary.size_before)} → {size(summary.size_after)}", label=f"on disk, {times:.2f} times smaller"
+                value=f"{size(summary.size_before)} → {size(summary.size_after)}",
+                label=f"weights on disk, {times:.2f} times smaller{_on_disk(summary)}",
             )
         )
     for one in summary.figures.corpora:
@@ -79,7 +84,15 @@ def _numbers(summary: Summary) -> list[Number]:
             change = (one.perplexity / one.base_perplexity - 1) * 100
             label = f"perplexity on {one.corpus} at {one.sequence_length} tokens, {change:+.2f} %"
             found.append(Number(value=f"{one.base_perplexity:.4g} → {one.perplexity:.4g}", label=label))
+        if one.kl_divergence is not None:
+            found.append(Number(value=f"{one.kl_divergence:.4g}", label=f"KL divergence on {one.corpus}, nats a token"))
     return found
+
+
+def _on_disk(summary: Summary) -> str:
+    if summary.bits is None or summary.size_after is None:
+        return ""
+    return f"; {8 * summary.size_after / summary.bits.model_parameters:.3f} bits a parameter, padding and headers included"
 
 
 def _certificate(summary: Summary) -> Section:
@@ -113,8 +126,8 @@ def _quality(summary: Summary) -> Section:
         id="quality",
         title="Before and after",
         texts=[
-            "Perplexity depends on the sequence length; compare figures of one length only. KL is the mean divergence of the "
-            "compressed model's next-token distribution from the uncompressed one's; intervals are 95 % bootstrap intervals."
+            "Perplexity depends on the sequence length; compare figures of one length only.",
+            *([_KL] if any(one.kl_divergence is not None for one in summary.figures.corpora) else []),
         ],
         tables=[
             Table.of(FIGURE_COLUMNS, summary.figure_rows()),
@@ -155,7 +168,11 @@ def _bits(summary: Summary) -> Section:
     rows.append(_row(f"{kept:,.0f} parameters in 16 bits: embeddings, norms, head", 16 * kept))
     if account.added:
         rows.append(_row("added to the model: a head of its own", account.added))
-    rows.append(_row("all", account.total, f"{account.per_weight:.4f}"))
+    rows.append(_row("all", account.total))
+    if summary.size_after is not None:
+        beyond = 8 * summary.size_after - account.total
+        rows.append(_row("padding, headers and names of the first format", beyond))
+        rows.append(_row("weights on disk", 8 * summary.size_after))
     files = [(name, size(count)) for name, count in summary.further_sizes.items()]
     return Section(
         id="bits",
@@ -177,10 +194,12 @@ def _bits(summary: Summary) -> Section:
 
 
 def _costs(summary: Summary) -> Section:
-    seconds = {name: {"wall": record.wall_s, "CPU": record.user_cpu_s} for name, record in summary.stages.items()}
+    costs = {**summary.stages, **summary.closing}
+    seconds = {name: {"wall": record.wall_s, "CPU": record.user_cpu_s} for name, record in costs.items()}
     figures = []
     if seconds:
-        svg = bars("Time of each stage", seconds, Axis(x="", y="seconds"), {})
+        names = {name.replace("_", "_\n"): value for name, value in seconds.items()}  # the longest would run into each other
+        svg = bars("Time of each stage", names, Axis(x="", y="seconds"), {})
         figures.append(Drawing(svg=svg, caption="Time of each stage, over all the attempts that it took."))
     return Section(
         id="costs",

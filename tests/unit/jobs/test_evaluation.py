@@ -10,7 +10,7 @@ from algorithms.modeling.evaluation.chunked import chunked_perplexity
 from algorithms.modeling.evaluation.perplexity import perplexity
 from configs.errors import DataError
 from configs.recipe import EvaluationConfig
-from jobs.evaluation import Examiner, Memory, Sources, Subject, load_questions
+from jobs.evaluation import Examiner, IncompleteEvaluationError, Memory, Sources, Subject, file_memory, load_questions
 from jobs.execution.collaborators import Collaborators
 from jobs.scoring.figures import TaskResult, as_records, describe, describe_task, from_records
 from tests.support.fake_algorithm import VOCABULARY, TableModel, base_table
@@ -29,7 +29,9 @@ CHUNKED_TEXT = torch.randint(VOCABULARY, (1100,), generator=torch.Generator().ma
 
 
 def asked(config, text=tokens, positions=None):
-    return load_questions(config, FAKES, Sources(corpus=text, chunked=lambda: CHUNKED_TEXT, cache_dir=Path()), positions)
+    tokenizer = SimpleNamespace(bos_token_id=0, chat_template=None)
+    sources = Sources(corpus=text, chunked=lambda: CHUNKED_TEXT, cache_dir=Path(), tokenizer=lambda: tokenizer)
+    return load_questions(config, FAKES, sources, positions)
 
 
 class FakeHarness:
@@ -41,9 +43,12 @@ class FakeHarness:
     def check(self, requests):
         if any(request.name == "unknown" for request in requests):
             raise DataError("no such task")
+        return {str(request): asked_by.get(request.name, "") for request in requests}
 
     def run(self, request, model, tokenizer, folder):
-        folder.mkdir(parents=True)
+        if request.name == "broken":
+            raise DataError("broken cannot be run")
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "results_5.json").write_text("{}")
         runs.append((request.name, folder.parent.name))
         metrics = {"acc,none": (model.table.abs().mean().item(), 0.01)}
@@ -52,11 +57,13 @@ class FakeHarness:
 
 FAKES = Collaborators(harness=FakeHarness)
 runs = []
+asked_by = {}
 
 
 @pytest.fixture(autouse=True)
 def _no_runs():
     runs.clear()
+    asked_by.clear()
 
 
 def examiner(tmp_path, config, **changes):
@@ -189,6 +196,62 @@ def test_tasks_whose_files_are_gone_run_again(tmp_path):
     runs.clear()
     scored(tmp_path, config, HALF, memory=Memory(known=kept))
     assert runs == [("gsm8k", "quantized")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"dtype": "bfloat16"}),
+        ({"asked": "a"}, {"asked": "b"}),
+        ({"limit": 3}, {"limit": 4}),
+        ({}, {"add_bos_token": True}),
+    ],
+)
+def test_what_shapes_a_result_is_measured_again(tmp_path, first, second):
+    """Another arithmetic, another content of a task's own file, another number of samples."""
+    kept, opened = {}, []
+
+    def opening():
+        opened.append(1)
+        return TableModel(base_table())
+
+    def once(asked="", **settings_):
+        asked_by["own"] = asked
+        runs.clear()
+        opened.clear()
+        base = Subject(key="base", label="base", open=opening)
+        memory = Memory(known=dict(kept), keep=lambda key, subject, record: kept.update({key: record}))
+        examiner(tmp_path, settings(perplexity=["ptb"], tasks=["own"], **settings_), memory=memory).score(base, None)
+        return bool(runs), bool(opened)
+
+    assert once(**first) == (True, True)
+    assert once(**first) == (False, False)
+    assert once(**second)[0]
+
+
+def test_a_task_that_fails_costs_nothing_else(tmp_path):
+    with pytest.raises(IncompleteEvaluationError, match="broken cannot be run") as failure:
+        scored(tmp_path, settings(tasks=["broken", "gsm8k:5"]), HALF)
+    figures = failure.value.figures
+    assert [f.corpus for f in figures.corpora] == ["wikitext2", "ptb"]
+    assert [f.task for f in figures.tasks] == ["gsm8k"]
+
+
+def test_an_evaluation_outside_a_job_remembers_in_a_file(tmp_path):
+    place = tmp_path / "progress.json"
+    config = settings(tasks=["gsm8k:5"])
+    first = scored(tmp_path, config, HALF, memory=file_memory(place))
+    runs.clear()
+    assert scored(tmp_path, config, HALF, memory=file_memory(place)) == first
+    assert not runs
+    place.write_text("{")
+    scored(tmp_path, config, HALF, memory=file_memory(place))
+    assert runs, "a damaged file is nothing known"
+
+
+def test_a_chat_template_that_is_not_there_is_said_beforehand():
+    with pytest.raises(DataError, match="has no chat template"):
+        asked(settings(tasks=["gsm8k"], apply_chat_template=True))
 
 
 def test_a_model_alone_is_scored_on_tasks_as_itself(tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import random
+import re
 
 import pytest
 
@@ -28,6 +29,29 @@ def test_the_best_are_those_that_none_beats():
     for number, (size, value) in enumerate(places):
         beaten = any(a <= size and b <= value and (a, b) != (size, value) for a, b in places)
         assert plane.places[number].is_best is not beaten
+
+
+def test_figures_that_are_not_comparable_stand_apart():
+    """Fewer windows, another arithmetic, another text of the same name."""
+    plain = entry("plain", 1, 11.0)
+    for number, change in enumerate(({"windows": 9}, {"dtype": "bfloat16"}, {"text": "beef"})):
+        changed = Figures(corpora=(dataclasses.replace(corpus(12.0), **change),))
+        other = dataclasses.replace(plain, name=f"other {number}", bytes=2, figures=changed)
+        three = [plain, other, dataclasses.replace(other, name="third", bytes=3)]
+        columns, rows = table_of(three)
+        assert len(columns) == len(set(columns))
+        assert all(len([cell for cell in row if cell in ("11", "12")]) == 1 for row in rows)
+        assert {place.entry.name for plane in planes(three) for place in plane.places} == {f"other {number}", "third"}
+        page = comparison([dataclasses.replace(plain, name="again", bytes=4), *three])
+        ids = re.findall(r'<section id="([^"]*)"', page)
+        assert len(ids) == len(set(ids)) == 5
+
+
+def test_what_is_not_finite_is_in_no_plane():
+    broken = entry("broken", 3, float("inf"), kl=float("nan"))
+    three = [entry("a", 1, 11.0), entry("b", 2, 10.0), broken]
+    assert all(place.entry.name != "broken" for plane in planes(three) for place in plane.places)
+    assert "broken" in as_text(three)
 
 
 def test_figures_of_different_lengths_never_share_a_plane():
@@ -64,7 +88,9 @@ def test_jobs_stand_behind_the_model_that_they_start_from(tmp_path):
     assert (first.name, second.name) == ("one (1)", "one (2)")
     assert (first.bytes, first.bits.per_weight, first.bits.per_model_parameter) == (60, 4.0, (320 + 16 * 20) / 100)
     text = as_text([base, first, second])
-    for said in ("org/m, uncompressed", "gptq passed", "0.25", "perplexity on ptb (sequence length 64)", "one (1): 60 B, 11 *"):
+    assert base.figures.tasks[0].value == 0.5, "its own answers"
+    title = "perplexity on ptb (sequence length 64, 2 windows)"
+    for said in ("org/m, uncompressed", "gptq passed", "0.25", title, "one (1): 60 B, 11 *"):
         assert said in text, said
     assert "one (2): 60 B, 12\n" in text, "as large and worse"
     page = comparison([base, first, second])
