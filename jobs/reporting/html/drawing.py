@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
 _INK = "#7f7f80"  # stands for the page's text colour, which replaces it
 # Colours that are told apart on light and dark ground, also by most who see red and green alike (after Okabe and Ito).
@@ -162,6 +162,8 @@ def _label(axes: Axes, axis: Axis) -> None:
     axes.set_ylabel(axis.y)
     if axis.is_log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     if axis.whole:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 

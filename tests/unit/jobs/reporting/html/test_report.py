@@ -34,6 +34,7 @@ def test_everything_is_on_one_page_and_nothing_is_asked_of_the_network(tmp_path)
     outside = re.findall(r"(?:https?:)?//[^\s\"'<>)]+", re.sub(r'xmlns(:xlink)?="[^"]*"', "", page))
     assert not outside
     assert "url(http" not in page
+    assert "mathdefault" not in page, "a number on an axis is written as it is read"
     assert "@import" not in page
     assert ("meta", "http-equiv", "Content-Security-Policy") in seen.attributes
     # quality, bits, three of errors, three of tuning, costs
