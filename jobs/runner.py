@@ -210,6 +210,7 @@ def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[
         interruptible(),
         tracking(loaded, workspace) as track,
     ):
+        workspace.sweep()
         for warning in (*loaded.warnings, *(note for note in notes if note)):
             logger.warning("%s", warning)
         manifest = ManifestFile(workspace.manifest_path)
