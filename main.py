@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import EXIT_CODES, ExitCode, RankFailedError, exit_code
+from configs.errors import EXIT_CODES, ExitCode, RankFailedError, exit_code, visible
 from jobs.command_line.arguments import parse_arguments
 from jobs.command_line.commands import perform
 from jobs.execution.interruption import interruptible
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None, *, program: Path = PROGRAM) -> ExitC
 
 def _last_words(error: BaseException, argv: Sequence[str]) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return f"\nInterrupted; what is finished is kept. To resume: {shlex.join(['python', 'main.py', *argv])}\n"
-    return f"{error}\n" if str(error) else ""
+        return visible(f"\nInterrupted; what is finished is kept. To resume: {shlex.join(['python', 'main.py', *argv])}\n")
+    return visible(f"{error}\n") if str(error) else ""
 
 
 if __name__ == "__main__":

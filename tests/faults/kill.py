@@ -4,8 +4,8 @@
     python -m tests.faults.kill --recipe examples/quickstart/recipe.yaml --rounds 5 --signal TERM
 
 A round is one stop, at a random moment: at one of the job's operations on files, which follow each other closely wherever
-something could be left half done, or some time after one. ``--stops`` of them befall one job before it may end. All runs have one
-thread, and are forked from one process.
+something could be left half done, or some time after one. ``--stops`` of them befall one job before it may end. All runs have
+one thread, and are forked from one process.
 """
 
 from __future__ import annotations

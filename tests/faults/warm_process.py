@@ -7,6 +7,7 @@ forked from it too, so that it starts as fresh as a process of its own does, and
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from typing import Self
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENT = "algorithms.formats.client"
+NEEDED = ("aqlm", "datasets", "jobs.runner", "jobs.reporting.html.report", "algorithms.quantization.aqlm.tuning", "main")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -32,7 +34,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB
 class Order:
     """What a child does: ``argv`` of main.py, or of ``module``.
 
-    ``limits`` are names of resource limits with their bytes, set once the child runs. ``watch`` is the folder whose file
+    ``limits`` are names of resource limits with their bytes, and ``spare`` the bytes of address space beyond what the child has
+    when it starts. ``watch`` is the folder whose file
     operations are counted; at number ``stop_at`` the child gets ``stop_with``, ``delay`` seconds later. ``trace`` names a file
     for the times of all operations.
     """
@@ -41,7 +44,7 @@ class Order:
     module: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
-    prelude: str = ""
+    spare: int = 0
     watch: str = ""
     stop_at: int = 0
     stop_with: int = signal.SIGKILL
@@ -105,11 +108,9 @@ def send(place: Path, order: Order) -> int:
 
 def serve(place: Path) -> None:
     """Import what a job needs, then fork a child for each order, until killed."""
-    import aqlm  # noqa: F401
-    import datasets  # noqa: F401
+    for name in NEEDED:
+        importlib.import_module(name)
     import torch
-
-    import main  # noqa: F401
 
     torch.set_num_threads(1)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -181,10 +182,9 @@ def _run_main(order: Order, place: Path) -> int:
     certificate.subprocess = _Errands(place)
     for name, limit in order.limits.items():
         resource.setrlimit(getattr(resource, name), (limit, resource.RLIM_INFINITY))
-    if order.prelude:
-        from tests.faults import preludes
-
-        getattr(preludes, order.prelude)()
+    if order.spare:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + order.spare, resource.RLIM_INFINITY))
     if order.watch:
         stop_at(order)
     return main.main(list(order.argv))
