@@ -82,6 +82,8 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: C
         materials.preflight(plan)
         _announce(plan)
         job = _foreseen(materials, job, plan)
+        if plan.runs:
+            parts.check_weights(job.source, job.workspace, parts.terminal.progress)
         outcome = _execute(materials, job, plan, questions)
         summary = conclude(outcome)
         parts.terminal.show(as_tables(summary), as_text(summary))

@@ -191,8 +191,9 @@ def _publish(outcome: Outcome, withheld: list[str]) -> None:
     if outcome.artifact.directory == job_dir:
         return
     publication = Publication(key=stage.key, files=files)
-    if outcome.is_fresh or not is_published(job_dir, job.manifest.current.published, stage.key, withheld):
-        publish(outcome.artifact.directory, job_dir, job.manifest, publication, withheld=withheld)
+    folder, published = outcome.artifact.directory, job.manifest.current.published
+    if outcome.is_fresh or not is_published(folder, job_dir, published, publication, withheld):
+        publish(folder, job_dir, job.manifest, publication, withheld=withheld)
         logger.info("Published %s to %s", count_files(len(files)), job_dir)
 
 
