@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from rich.text import Text
 from algorithms.base import Process
 from configs.errors import visible
 from jobs.reporting.library_bars import library_bars_off
+from jobs.reporting.secrets import without_secrets
 
 FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 DATE_FORMAT = "%m/%d/%Y %H-%M-%S"
@@ -64,7 +66,7 @@ class Terminal:
         if self.results.is_terminal:
             self.results.print(result)
         else:
-            self.results.out(visible(plain), highlight=False)
+            self.results.out(visible(without_secrets(plain, os.environ)), highlight=False)
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[str], None]]:
@@ -206,11 +208,11 @@ class _LogFile(logging.FileHandler):
 
 
 class _Visible(logging.Formatter):
-    """Text of recipes and models reaches the log: none of it may steer the terminal that shows it."""
+    """Text of recipes and models reaches the log: none of it may steer the terminal that shows it, or be a secret."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, traceback included."""
-        return visible(super().format(record))
+        return visible(without_secrets(super().format(record), os.environ))
 
 
 def _console_handler(terminal: Terminal) -> logging.Handler:

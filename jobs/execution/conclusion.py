@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from algorithms.base import Artifact
 from algorithms.modeling.files import atomic_write_json, atomic_write_text
 from algorithms.modeling.on_demand import place
-from configs.errors import CertificateError, DataError
+from configs.errors import CertificateError, DataError, visible
 from configs.loader import LoadedRecipe
 from jobs.estimation.prediction import CERTIFICATE, EVALUATION
 from jobs.evaluation import BASE, Examiner, Memory, Questions, Subject, placed
@@ -346,10 +346,18 @@ def _write_card(outcome: Outcome, summary: Summary) -> None:
         formats=outcome.formats,
         recipe=job.workspace.recipe_path.read_text(encoding="utf-8"),
         tags=("compression", *dict.fromkeys(method.lower() for method in (*earlier, job.algorithm.name))),
-        notes=(*loading_notes(config), *job.algorithm.serving_notes(job.workspace.job_dir)),
+        notes=(*loading_notes(config), *job.algorithm.serving_notes(job.workspace.job_dir), *_trust_notes(job)),
         origin=origin_of(job.source.directory, summary.stages.values(), job.algorithm.relation),
     )
-    write_extra(job.workspace.job_dir / NAME, without_secrets(card, os.environ), job.manifest, job.workspace.job_dir)
+    shown = visible(without_secrets(card, os.environ))
+    write_extra(job.workspace.job_dir / NAME, shown, job.manifest, job.workspace.job_dir)
+
+
+def _trust_notes(job: Job) -> tuple[str, ...]:
+    """That somebody else's code had a part in this, where it was allowed one."""
+    if not job.recipe.trust_remote_code:
+        return ()
+    return (f"Made with TRUST_REMOTE_CODE: code that comes with {job.source.name} was allowed to run.",)
 
 
 def _write_report(outcome: Outcome, summary: Summary) -> None:

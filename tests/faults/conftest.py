@@ -14,16 +14,21 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
-def run() -> Iterator[Run]:
-    """Runs the fault recipe in a folder: ``run(folder, "KEY=VALUE", ..., limits={...})``."""
+def run_main() -> Iterator[Run]:
+    """Runs main.py with any words."""
     with WarmProcess() as process:
+        yield process.run
 
-        def run_recipe(folder: Path, *overrides: str, command: str = "", **options: object) -> Outcome:
-            """One run of main.py."""
-            words = [command] if command else []
-            return process.run(*words, "--yaml_path", str(RECIPE), f"USER_FOLDER={folder}", *overrides, **options)
 
-        yield run_recipe
+@pytest.fixture(scope="session")
+def run(run_main: Run) -> Run:
+    """Runs the fault recipe in a folder: ``run(folder, "KEY=VALUE", ..., limits={...})``."""
+
+    def run_recipe(folder: Path, *overrides: str, **options: object) -> Outcome:
+        """One run of main.py."""
+        return run_main("--yaml_path", str(RECIPE), f"USER_FOLDER={folder}", *overrides, **options)
+
+    return run_recipe
 
 
 @pytest.fixture(scope="session")

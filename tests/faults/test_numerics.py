@@ -1,0 +1,85 @@
+"""Models that are ill: every method ends with numbers in its result, and says what it had to do for that."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.faults.kill import job_of
+from tests.support.models import save_family
+
+TEXT = "What a model is made of, and what is left of it when it is ill.\n" * 20
+FEW = {"nsamples": 2, "model_seqlen": 16}
+METHODS = {
+    "AQLM": {
+        "calibration_config": {**FEW, "val_size": 0, "num_codebooks": 1, "nbits_per_codebook": 4, "in_group_size": 4,
+                               "init_max_iter": 2, "max_epochs": 1, "finetune_max_epochs": 1},
+        "finetune_config": None,
+    },
+    "GPTQ": {**FEW, "wbits": 4, "groupsize": 16},
+    "SpQR": {**FEW, "wbits": 3, "groupsize": 16},
+    "AutoAWQ": {**FEW, "W_BIT": 4, "Q_GROUP_SIZE": 16},
+    "LMQuant": {**FEW, "quant_type": "w4a8kv4_sym", "quant": {"wgts": {"group_shapes": [[1, 32, 1, 1, 1]]}}},
+    "FlapPruner": {**FEW},
+}  # fmt: skip
+
+
+def dead(tensors):
+    """Channels that carry nothing: their norm is zero, and so is a head's output."""
+    for name, tensor in tensors.items():
+        if "layernorm" in name:
+            tensor[:8] = 0
+        if "v_proj" in name:
+            tensor[:8] = 0
+
+
+def constant(tensors):
+    """Rows whose weights are all the same, and rows of nothing."""
+    for name, tensor in tensors.items():
+        if "proj" in name:
+            tensor[:4] = 0.5
+            tensor[4:6] = 0
+
+
+def loud(tensors):
+    """Float16 still holds every weight, but what flows through the first block is beyond what a Hessian in float32 holds."""
+    tensors["model.layers.0.post_attention_layernorm.weight"].fill_(6e4)
+    for name in ("up_proj", "gate_proj"):
+        tensors[f"model.layers.0.mlp.{name}.weight"][:2] = 6e4
+
+
+ILLNESSES = {"none": lambda tensors: None, "dead": dead, "constant": constant, "loud": loud}
+
+
+def recipe(folder: Path, method: str) -> Path:
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    keys = {
+        "ALGORITHM": method, "JOB_ID": "ill", "USER_FOLDER": str(folder / "user"), "MODEL": str(folder / "model"),
+        "DATA_PATH": str(text), "EXPORT": ["padded" if method == "FlapPruner" else "dense"], "llm": {method: METHODS[method]},
+    }  # fmt: skip
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    return file
+
+
+def ill_model(folder: Path, illness: str) -> None:
+    save_family(folder / "model", "llama", heads=2)
+    (file,) = (folder / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    ILLNESSES[illness](tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("illness", ILLNESSES)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_ill_model_ends_with_numbers(run_main, tmp_path, method, illness):
+    ill_model(tmp_path, illness)
+    done = run_main("--yaml_path", str(recipe(tmp_path, method)))
+    assert done.code == 0, done.said[-3000:]
+    job = job_of(tmp_path / "user")
+    for file in [*job.glob("*.safetensors"), *(job / "tmp").rglob("[0-9].safetensors")]:
+        for name, tensor in load_file(file).items():
+            assert not tensor.is_floating_point() or torch.isfinite(tensor).all(), f"{name} in {file}"
