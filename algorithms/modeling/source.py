@@ -33,6 +33,9 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
+NOTHING_FINITE = "MODEL: no finite activations reached block {index}: the model overflows on the calibration text in float32; look at its weights."
+
+
 class ModelError(ValueError):
     """A model folder that cannot be used as it is; the message says what is wrong with which file."""
 

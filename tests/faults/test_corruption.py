@@ -109,7 +109,7 @@ def read_index(folder):
     return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
 
 
-def refused(run, tmp_path, model, *words, overrides=()):
+def assert_refused(run, tmp_path, model, *words, overrides=()):
     """The job ends with exit code 2 and all of the words, before it has compressed anything."""
     done = run(tmp_path / "user", f"MODEL={model}", *overrides)
     assert done.code == 2, done.said[-2000:]
@@ -125,7 +125,7 @@ def test_a_weight_that_is_no_number_is_found_before_the_first_block(run, tmp_pat
     tensors = load_file(model / file)
     tensors[name].view(-1)[-1] = value
     save_file(tensors, model / file, metadata={"format": "pt"})
-    refused(run, tmp_path, model, name, file, "NaN or infinity")
+    assert_refused(run, tmp_path, model, name, file, "NaN or infinity")
 
 
 def test_a_sound_model_is_read_through_once(run, tmp_path, model):
@@ -138,32 +138,32 @@ def test_a_sound_model_is_read_through_once(run, tmp_path, model):
 def test_a_truncated_file_is_named(run, tmp_path, model):
     file = model / "model-2.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    refused(run, tmp_path, model, str(file), "truncated or damaged")
+    assert_refused(run, tmp_path, model, str(file), "truncated or damaged")
 
 
 def test_an_index_that_names_missing_shards_says_which(run, tmp_path, model):
     (model / "model-2.safetensors").unlink()
-    refused(run, tmp_path, model, "model-2.safetensors", "missing")
+    assert_refused(run, tmp_path, model, "model-2.safetensors", "missing")
 
 
 @pytest.mark.parametrize("name", ["../model-2.safetensors", "/etc/passwd", "a/../../x.safetensors"])
 def test_an_index_cannot_lead_out_of_its_folder(run, tmp_path, model, name):
     shutil.copy(model / "model-2.safetensors", model.parent)
     write_index(model, {key: file.replace("model-2.safetensors", name) for key, file in read_index(model).items()})
-    refused(run, tmp_path, model, "outside its folder")
+    assert_refused(run, tmp_path, model, "outside its folder")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'])
 def test_a_damaged_index_is_named(run, tmp_path, model, text):
     (model / "model.safetensors.index.json").write_text(text)
-    refused(run, tmp_path, model, "model.safetensors.index.json", "damaged")
+    assert_refused(run, tmp_path, model, "model.safetensors.index.json", "damaged")
 
 
 def test_a_tokenizer_with_more_words_than_the_model_has_is_found_before_the_first_block(run, tmp_path, model):
     words = json.loads((model / "tokenizer.json").read_text())
     words["model"]["vocab"] = {word: number + 5000 for word, number in words["model"]["vocab"].items()}
     (model / "tokenizer.json").write_text(json.dumps(words))
-    refused(run, tmp_path, model, "its tokenizer gives ids up to", "vocabulary")
+    assert_refused(run, tmp_path, model, "its tokenizer gives ids up to", "vocabulary")
 
 
 def test_a_second_run_says_who_has_the_job_and_ends(run, finished):

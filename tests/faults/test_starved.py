@@ -13,7 +13,7 @@ from tests.faults.kill import job_of, result
 TRACES = ("Traceback", "Logging error")
 
 
-def said_well(done, code, *words):
+def assert_said(done, code, *words):
     """The exit code, no traceback, and all of the words."""
     assert done.code == code, done.said[-3000:]
     assert [trace for trace in TRACES if trace in done.said] == []
@@ -35,12 +35,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("limit", [2_000, 30_000, 400_000])
 def test_a_file_that_may_not_grow_ends_the_job_with_a_sentence(run, tmp_path, limit):
     done = run(tmp_path / "user", limits={"RLIMIT_FSIZE": limit})
-    said_well(done, 3, "File too large", "USER_FOLDER", "the same command resumes")
+    assert_said(done, 3, "File too large", "USER_FOLDER", "the same command resumes")
 
 
 def test_a_full_disk_ends_the_job_with_a_sentence_and_it_resumes_when_there_is_room(run, small_disk, expected):
     done = run(small_disk / "user", f"CACHE_PATH={small_disk.parent / 'cache'}")
-    said_well(done, 3, "No space left on device", "MB free", "the same command resumes")
+    assert_said(done, 3, "No space left on device", "MB free", "the same command resumes")
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     assert run(small_disk / "user").code == 0
     assert result(small_disk / "user") == expected
@@ -51,7 +51,7 @@ def test_a_disk_that_may_not_be_written_is_named(run, small_disk):
     folder = small_disk / "user"
     assert run(folder, "STAGES=[calibration]").code == 0
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    said_well(run(folder), 2, str(folder), "Read-only file system", "USER_FOLDER")
+    assert_said(run(folder), 2, str(folder), "Read-only file system", "USER_FOLDER")
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     assert run(folder).code == 0
 
@@ -61,7 +61,7 @@ def test_a_closed_folder_is_named(run, finished):
     stage = job_of(finished) / "tmp"
     stage.chmod(0o555)
     (stage / "converted").rename(finished / "away")
-    said_well(run(finished), 2, str(stage), "Permission denied", "USER_FOLDER")
+    assert_said(run(finished), 2, str(stage), "Permission denied", "USER_FOLDER")
     stage.chmod(0o755)
 
 
