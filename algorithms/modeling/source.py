@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-
-
-NOTHING_FINITE = "MODEL: no finite activations reached block {index}: the model overflows on the calibration text in float32; look at its weights."
+NOTHING_FINITE = (
+    "MODEL: no finite activations reached block {index}: the model overflows on the calibration text in float32. "
+    "Look at its weights."
+)
 
 
 class ModelError(ValueError):

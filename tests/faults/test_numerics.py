@@ -117,7 +117,8 @@ def test_a_learned_rounding_with_the_largest_steps_ends_with_numbers(run_main, t
 
 def test_a_tuning_of_the_whole_model_that_diverges_hands_the_calibration_on(run_main, tmp_path):
     ill_model(tmp_path, "none")
-    tuning = "{model_seqlen: 16, max_epochs: 3, batch_size: 2, microbatch_size: 2, lr: 1e30, code_lr: 1e30, nsamples: 8, val_size: 2}"
+    shape = "model_seqlen: 16, nsamples: 8, val_size: 2, max_epochs: 3, batch_size: 2, microbatch_size: 2"
+    tuning = f"{{{shape}, lr: 1e30, code_lr: 1e30}}"
     done = run_main("--yaml_path", str(recipe(tmp_path, "AQLM")), f"llm.AQLM.finetune_config={tuning}")
     assert done.code == 0, done.said[-3000:]
     assert finite_result(tmp_path), "the report says what happened"
