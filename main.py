@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import EXIT_CODES, ExitCode, RankFailedError, exit_code
+from configs.errors import EXIT_CODES, ExitCode, RankFailedError, exit_code, visible
 from jobs.command_line.arguments import parse_arguments
 from jobs.command_line.commands import perform
 from jobs.execution.interruption import interruptible
 from jobs.processes.environment import end_with_launcher, is_follower, is_own_rank
+from jobs.reporting.secrets import without_secrets
 
 PROGRAM = Path(__file__).resolve()
 
@@ -44,15 +45,15 @@ def main(argv: Sequence[str] | None = None, *, program: Path = PROGRAM) -> ExitC
         code = exit_code(error)
         # How a job on several processes was stopped is told once: by the process that started them, else by rank 0.
         told = code is ExitCode.INTERRUPTED and (is_own_rank() or is_follower())
-        sys.stderr.write("" if told else _last_words(error, argv))
+        sys.stderr.write("" if told else without_secrets(_last_words(error, argv), os.environ))
         return code
     return ExitCode.DONE
 
 
 def _last_words(error: BaseException, argv: Sequence[str]) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return f"\nInterrupted; what is finished is kept. To resume: {shlex.join(['python', 'main.py', *argv])}\n"
-    return f"{error}\n" if str(error) else ""
+        return visible(f"\nInterrupted; what is finished is kept. To resume: {shlex.join(['python', 'main.py', *argv])}\n")
+    return visible(f"{error}\n") if str(error) else ""
 
 
 if __name__ == "__main__":

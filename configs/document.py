@@ -163,7 +163,8 @@ def _read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise _unreadable(path, f"a file that can be read ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise _unreadable(path, f"a file that can be read ({reason})") from error
 
 
 def _read_json(text: str) -> Tree:

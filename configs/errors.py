@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 VALUE_LENGTH = 80  # characters of a bad value that a problem repeats
+PATH_LENGTH = 1000  # characters of a file's path
 
 
 class ExitCode(IntEnum):
@@ -38,8 +39,9 @@ class RecipeProblem:
     nearest: str | None = None
 
     def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
-        lines = [f"{place}: {self.key}" if self.key else place]
+        file = _cut(self.file, PATH_LENGTH)
+        place = file if self.line is None else f"{file}:{self.line}"
+        lines = [f"{place}: {_cut(self.key)}" if self.key else place]
         if self.value is not Absent:
             lines.append(f"  found     {shown(self.value)}")
         lines.append(f"  expected  {self.expected}")
@@ -74,7 +76,7 @@ class UnknownAlgorithm(KeyError):  # noqa: N818 - the name that the loader's con
 
     def __str__(self) -> str:
         listed = ", ".join(self.known)
-        return f"{self.name} is no algorithm; this version has: {listed}"
+        return f"{_cut(self.name)} is no algorithm; this version has: {listed}"
 
 
 class DataError(ValueError):
@@ -136,4 +138,15 @@ def shown(value: object) -> str:
     names = {None: "null", True: "true", False: "false"}
     text = names[value] if value is None or isinstance(value, bool) else repr(value)
     text = " ".join(text.split())
-    return text if len(text) <= VALUE_LENGTH else f"{text[:VALUE_LENGTH]}..."
+    return _cut(text)
+
+
+def _cut(text: str, length: int = VALUE_LENGTH) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def visible(text: str) -> str:
+    """``text`` with what a terminal would obey (escape codes, marks that turn the direction of writing) spelled out instead."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -215,6 +215,9 @@ def shard_index(folder: Path) -> Mapping[str, str] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise DataError(f"MODEL {folder}: {SHARD_INDEX} is damaged. Fetch the model again.") from error
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files.values()):
+            raise ValueError("it names files outside its folder")
+        return files
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"MODEL {folder}: {SHARD_INDEX} is damaged ({error}). Fetch the model again.") from error

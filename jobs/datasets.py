@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from contextlib import suppress
 
 import torch
@@ -14,12 +15,13 @@ from algorithms.base import TokenRequest
 from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
 from configs.recipe import EvaluationConfig, Recipe
+from jobs.reporting.secrets import without_secrets
 from jobs.texts.corpora import C4_NEW_DOCUMENTS, EVALUATION_WINDOWS, c4_evaluation, join_rows
-from jobs.texts.documents import open_documents
+from jobs.texts.documents import Texts, open_documents
 from jobs.texts.encoding import Encoder, tokenizer_digest
 from jobs.texts.location import TextLocation, locate, locate_corpus, location_digest
 from jobs.texts.token_cache import TokenSets, read_tokens, write_tokens
-from jobs.texts.token_lists import check_vocabulary, first_sequences, read_token_list
+from jobs.texts.token_lists import check_tokenizer, check_vocabulary, first_sequences, read_token_list
 from jobs.texts.windows import Corpus, Selection, choose, joined, split_validation
 from jobs.workspace import Workspace, open_workspace
 
@@ -53,8 +55,10 @@ def load_tokens(recipe: Recipe, request: TokenRequest, source: ModelSource, work
     key = _key(location, recipe, request, source)
     cached = read_tokens(workspace.tokens_dir, key)
     if cached is not None:
+        check_tokenizer([*cached.train, *cached.validation], source.vocab_size, source.directory)
         return cached
     selection, tokenizer = _select(location, recipe, request, source, workspace)
+    check_tokenizer(selection.sequences, source.vocab_size, source.directory)
     count = len(selection.sequences)
     if count <= request.validation_samples:
         raise DataError(
@@ -68,7 +72,11 @@ def load_tokens(recipe: Recipe, request: TokenRequest, source: ModelSource, work
         key=key,
         record={
             "version": VERSION,
-            "text": {**location.describe(), "digest": location_digest(location), "split": recipe.split},
+            "text": {
+                **without_secrets(location.describe(), os.environ),
+                "digest": location_digest(location),
+                "split": recipe.split,
+            },
             "tokenizer": tokenizer,
             "seed": request.seed,
             "validation": validation,
@@ -90,16 +98,20 @@ def corpus_tokens(name: str, recipe: Recipe, source: ModelSource, workspace: Wor
         DataError: No such corpus or split.
     """
     location = locate_corpus(recipe, name)
-    card = location.card
     if split != UNSCORED:
         _warn_of_shared_files(name, location, recipe, workspace)
     if location.kind == "tokens":
         sequences = read_token_list(tuple(path for paths in location.files.values() for path in paths), location.origin)
         check_vocabulary(sequences, source.vocab_size, source.name, location.origin)
         return torch.cat([tokens.flatten() for tokens in sequences])
-    encode = Encoder(source)
     texts = open_documents(location, recipe, workspace.cache_dir, split=_split(location, split))
-    length = (recipe.evaluation or EvaluationConfig()).sequence_length
+    tokens = _scored_tokens(texts, Encoder(source), location, (recipe.evaluation or EvaluationConfig()).sequence_length)
+    check_tokenizer([tokens], source.vocab_size, source.directory)
+    return tokens
+
+
+def _scored_tokens(texts: Texts, encode: Encoder, location: TextLocation, length: int) -> Tensor:
+    card = location.card
     if card is not None and card.joiner is None and card.name != "c4_new":
         return c4_evaluation(texts, encode, length, location.origin)
     if card is not None and card.name == "c4_new":

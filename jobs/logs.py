@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections import deque
@@ -18,7 +19,9 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from algorithms.base import Process
+from configs.errors import visible
 from jobs.reporting.library_bars import library_bars_off
+from jobs.reporting.secrets import without_secrets
 
 FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 DATE_FORMAT = "%m/%d/%Y %H-%M-%S"
@@ -63,7 +66,7 @@ class Terminal:
         if self.results.is_terminal:
             self.results.print(result)
         else:
-            self.results.out(plain, highlight=False)
+            self.results.out(visible(without_secrets(plain, os.environ)), highlight=False)
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[str], None]]:
@@ -152,8 +155,8 @@ def logging_to(directory: Path, process: Process, terminal: Terminal) -> Iterato
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ("log.log" if process.is_main else f"rank_{process.rank}.log")
-    file_handler = logging.FileHandler(path, encoding="utf-8")
-    file_handler.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
+    file_handler = _LogFile(path, encoding="utf-8")
+    file_handler.setFormatter(_Visible(FORMAT, DATE_FORMAT))
     handlers: list[logging.Handler] = [file_handler]
     if process.is_main:
         handlers.append(_console_handler(terminal))
@@ -195,13 +198,31 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+class _LogFile(logging.FileHandler):
+    """The log file. Where its disk is full, the console has its lines, and the job's own error says what is wrong."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Leave a line out that cannot be written."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _Visible(logging.Formatter):
+    """Text of recipes and models reaches the log: none of it may steer the terminal that shows it, or be a secret."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, traceback included."""
+        return visible(without_secrets(super().format(record), os.environ))
+
+
 def _console_handler(terminal: Terminal) -> logging.Handler:
     if terminal.interactive:
         handler: logging.Handler = RichHandler(console=terminal.messages, show_path=False, show_time=False, markup=False)
+        handler.setFormatter(_Visible())
         handler.addFilter(lambda record: record.name != _PROGRESS.name)  # the bar shows the same
     else:
         handler = logging.StreamHandler(terminal.messages.file)
-        handler.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
+        handler.setFormatter(_Visible(FORMAT, DATE_FORMAT))
     handler.addFilter(_for_the_console)
     handler.setLevel(logging.WARNING if terminal.quiet else logging.NOTSET)
     return handler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from jobs.processes import this_process
 from jobs.processes.crew import Crew
 from jobs.processes.environment import note_on_processes
 from jobs.reporting.plan_text import JobPlan, describe_job
+from jobs.reporting.secrets import without_secrets
 from jobs.reporting.summary import Summary, as_tables, as_text
 from jobs.reporting.tracking import check_tracking, tracking
 from jobs.results.hub import plan_upload, send, send_if_asked
@@ -82,6 +84,8 @@ def run_job(loaded: LoadedRecipe, *, parts: Collaborators | None = None, crew: C
         materials.preflight(plan)
         _announce(plan)
         job = _foreseen(materials, job, plan)
+        if plan.runs:
+            parts.check_weights(job.source, job.workspace, parts.terminal.progress)
         outcome = _execute(materials, job, plan, questions)
         summary = conclude(outcome)
         parts.terminal.show(as_tables(summary), as_text(summary))
@@ -213,8 +217,11 @@ def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[
         interruptible(),
         tracking(loaded, workspace) as track,
     ):
+        workspace.sweep()
         for warning in (*loaded.warnings, *(note for note in notes if note)):
             logger.warning("%s", warning)
+        if recipe.trust_remote_code:
+            logger.warning("TRUST_REMOTE_CODE: code that comes with %s may run on this machine, as you.", recipe.model)
         manifest = ManifestFile(workspace.manifest_path)
         source = parts.resolve_model(recipe, workspace)
         materials = gather(loaded, workspace, source, manifest.current, parts)
@@ -228,7 +235,7 @@ def _opened(loaded: LoadedRecipe, parts: Collaborators, crew: Crew) -> Iterator[
             crew=crew,
             device=this_process.choose_device(crew.process),
             run_id=materials.run.id,
-            data=describe_data(recipe),
+            data=without_secrets(describe_data(recipe), os.environ),
             track=track,
         )
         yield materials, job
@@ -245,14 +252,19 @@ class _Run:
         made = lineage(recipe, job.workspace)
         if made is not None:
             logger.info("MODEL %s is %s, in %s", recipe.model, made, made.folder)
-        atomic_write_text(job.workspace.recipe_path, yaml.safe_dump(self._loaded.resolved, sort_keys=False, allow_unicode=True))
+        shown = without_secrets(self._loaded.resolved, os.environ)
+        atomic_write_text(job.workspace.recipe_path, yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
         job.manifest.update(
             job=f"{recipe.job_service}/{recipe.job_id}",
             algorithm=job.algorithm.name,
             recipe_digest=recipe_digest(self._loaded),
-            model={"name": job.source.name, "digest": job.source.digest, "parameters": job.source.num_parameters},
+            model={
+                "name": without_secrets(job.source.name, os.environ),
+                "digest": job.source.digest,
+                "parameters": job.source.num_parameters,
+            },
             lineage=made,
-            paths=_paths(job.workspace, job.source.directory),
+            paths=without_secrets(_paths(job.workspace, job.source.directory), os.environ),
             versions=versions(job.crew.size),
             run=self._record,
             warnings=self._loaded.warnings,

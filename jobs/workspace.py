@@ -12,6 +12,8 @@ import fcntl
 import json
 import logging
 import os
+import re
+import shutil
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 LOCK = ".job.lock"
+_OF_A_PROCESS = re.compile(r"\.\d+\.partial$")  # algorithms.modeling.files puts the process's number into such a name
 LEGACY_CALIBRATION = "caliberation"  # the spelling that older commands and guides use for tmp/calibration
 
 
@@ -140,6 +143,17 @@ class Workspace:
                 link.symlink_to("calibration", target_is_directory=True)
             except OSError as error:  # a file system without links loses only the old spelling
                 logger.warning("%s could not be linked to calibration: %s", link, error.strerror)
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half written, once the lock is held: files and folders that no later run goes on with.
+
+        A stage's own partial folder stays, since the stage resumes from it.
+        """
+        for path in [*self.job_dir.rglob(".*.partial"), *self.tmp_dir.glob(".*.replaced")]:
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            elif path.is_dir() and (path.suffix == ".replaced" or _OF_A_PROCESS.search(path.name)):
+                shutil.rmtree(path)
 
 
 def open_workspace(recipe: Recipe) -> Workspace:

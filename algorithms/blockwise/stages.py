@@ -183,10 +183,14 @@ def hand_on(calibrated: Calibrated, directory: Path) -> None:
     write_outside(calibrated.source, directory, calibrated.outside())
 
 
-def is_complete(directory: Path, report: str, num_blocks: int) -> bool:
-    """Whether a folder in the layout of a calibration has everything, its ``report``, which is written last, included."""
+def is_complete(directory: Path, report: str, num_blocks: int, given: Path) -> bool:
+    """Whether a folder in the layout of a calibration has everything, its ``report``, which is written last, included.
+
+    The small files are those of ``given``, the folder it was made from, and copied anew: one may have been damaged since.
+    """
     if not all((directory / name).is_file() for name in (report, OUTSIDE, "config.json")):
         return False
+    copy_companions(given, directory)
     store = BlockStore(directory)
     return all(store.load(index) is not None for index in range(num_blocks))
 

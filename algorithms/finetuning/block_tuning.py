@@ -81,8 +81,8 @@ def tune_block(
     The ranks of ``data`` compute a share of every step each, from their own sequences in their own ``generator``'s order, and
     take the same steps with the sum of their gradients; all that is decided is decided on sums.
 
-    With validation sequences the best epoch is restored at the end, the untouched start included. A loss that is not finite
-    puts the block back to its best state, or to its start: it never ends the job.
+    With validation sequences the best epoch is restored at the end, the untouched start included. A loss that is not finite,
+    or parameters that cannot be stored, put the block back to its best state, or to its start: it never ends the job.
 
     Returns:
         Losses by epoch; the block is changed in place and left without gradients.
@@ -105,8 +105,10 @@ def tune_block(
         loss = _run_epoch(examples, optimizer, tensors, first_step=first_step, steps=steps, generator=generator)
         report.training_losses.append(loss)
         validation = _validation_loss(index, block, data) if has_validation else loss
-        if not (math.isfinite(loss) and math.isfinite(validation)):
-            report.reverted = f"loss not finite in epoch {epoch + 1}"
+        is_finite = math.isfinite(loss) and math.isfinite(validation)
+        if not (is_finite and _is_storable(tensors)):
+            what = "loss not finite" if not is_finite else "parameters beyond what float16 holds"
+            report.reverted = f"{what} in epoch {epoch + 1}"
             logger.warning("block %d: %s; its last good parameters are restored", index, report.reverted)
             break
         if has_validation:
@@ -243,6 +245,11 @@ def _equal_lengths(places: Sequence[tuple[int, int]], batches: Sequence[Tensor],
 
 def _snapshot(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
+
+
+def _is_storable(tensors: Sequence[Tensor]) -> bool:
+    """Whether float16, in which blocks are stored, holds them: the last step of an epoch is in no loss yet."""
+    return all(bool(tensor.detach().abs().amax() <= torch.finfo(torch.float16).max) for tensor in tensors if tensor.numel())
 
 
 def _restore(tensors: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:

@@ -238,7 +238,13 @@ class _BlockStep:
     def _compressed(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics) -> Mapping[str, nn.Module]:
         if statistics.num_skipped:
             names, count = ", ".join(linears), statistics.num_skipped
-            logger.warning("block %d: %d tokens with infinite or NaN inputs of %s left out", self.index, count, names)
+            logger.warning(
+                "block %d: %d tokens with infinite, NaN or far too large inputs of %s left out", self.index, count, names
+            )
+            if not statistics.num_tokens:
+                logger.warning(
+                    "block %d: none was left; all errors of %s count the same. Look at the model.", self.index, names
+                )
         return self.compressor.compress_group(self.index, linears, statistics)
 
     def _data(self, original: nn.Module) -> BlockData:

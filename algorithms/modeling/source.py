@@ -8,12 +8,12 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,10 +31,42 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+NOTHING_FINITE = (
+    "MODEL: no finite activations reached block {index}: the model overflows on the calibration text in float32. "
+    "Look at its weights."
+)
 
 
 class ModelError(ValueError):
     """A model folder that cannot be used as it is; the message says what is wrong with which file."""
+
+
+def _opened(file: Path) -> safe_open:
+    """A weight file, whose head tells its own size.
+
+    Raises:
+        ModelError: it is truncated or no safetensors.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(f"MODEL: {file} is truncated or damaged ({error}). Fetch the model again.") from error
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Tensor name -> file, of an index that somebody else wrote.
+
+    Raises:
+        ModelError: it is no index, or names files outside its folder.
+    """
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [name for name in files.values() if PurePath(name).is_absolute() or ".." in PurePath(name).parts]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"MODEL: {index} is damaged ({type(error).__name__}: {error}). Fetch the model again.") from error
+    if outside:
+        raise ModelError(f"MODEL: {index} names {outside[0]!r}, which is no file of its folder. Do not use this model.")
+    return files
 
 
 class ModelSource:
@@ -104,7 +136,7 @@ class ModelSource:
         """
         index = self.directory / _INDEX
         if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = _weight_map(index)
             missing = sorted({name for name in files.values() if not (self.directory / name).is_file()})
             if missing:
                 raise ModelError(
@@ -113,7 +145,7 @@ class ModelSource:
             return files
         if not (self.directory / _SINGLE).is_file():
             raise ModelError(f"MODEL: {self.directory} holds neither {_SINGLE} nor {_INDEX}.")
-        with safe_open(self.directory / _SINGLE, framework="pt") as handle:
+        with _opened(self.directory / _SINGLE) as handle:
             return dict.fromkeys(handle.keys(), _SINGLE)
 
     @cached_property
@@ -126,10 +158,14 @@ class ModelSource:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Number of stored parameters; tied tensors count once."""
+        """Number of stored parameters; tied tensors count once.
+
+        Raises:
+            ModelError: a weight file is truncated or no safetensors.
+        """
         total = 0
         for file in sorted(set(self.weight_files.values())):
-            with safe_open(self.directory / file, framework="pt") as handle:
+            with _opened(self.directory / file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
                     shape = handle.get_slice(name).get_shape()
                     total += int(torch.Size(shape).numel())

@@ -10,6 +10,8 @@ from torch import Tensor
 # Least share of the mean diagonal of H that is added before it is inverted: directions that the calibration text hardly shows
 # carry no evidence of how to correct a weight along them. With few tokens for each input feature the share is their inverse.
 _RIDGE = 0.01
+# Length of a token's vector; squares of more do not add up in float32, and no model that computes in half precision has them.
+_LARGEST = 1e15
 # Columns whose products with themselves and all later ones are taken at once: narrower panels compute less twice, wider ones
 # keep the product efficient.
 _GRAM_PANEL = 128
@@ -20,7 +22,7 @@ class InputStatistics:
 
     With ``out_features``, tokens may come with the output t that the layer is wanted to have for them, and E[t x^T] is gathered
     from those. Products are taken in float32 and summed in float64: the result does not depend on how the tokens were batched
-    beyond float32 rounding of one batch. Tokens with a non-finite value are left out and counted.
+    beyond float32 rounding of one batch. Tokens that are not :func:`is_usable` are left out and counted.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu", *, out_features: int | None = None) -> None:
@@ -43,7 +45,7 @@ class InputStatistics:
             raise ValueError("statistics without out_features take no wanted outputs")
         rows = _rows(inputs)
         outputs = None if wanted is None else _rows(wanted)
-        finite = torch.isfinite(rows.sum(1) if outputs is None else rows.sum(1) + outputs.sum(1))
+        finite = is_usable(rows) if outputs is None else is_usable(rows) & is_usable(outputs)
         if not finite.all():
             self.num_skipped += int((~finite).sum())
             rows, outputs = rows[finite], None if outputs is None else outputs[finite]
@@ -81,16 +83,15 @@ class InputStatistics:
         return self._unwanted
 
     def hessian(self) -> Tensor:
-        """H [in_features, in_features] in float32.
+        """H [in_features, in_features] in float32; where no token could be used, the identity: all errors count the same.
 
         Raises:
-            ValueError: no finite token was seen.
+            ValueError: no token was seen at all.
         """
         if self.num_tokens == 0:
-            raise ValueError(
-                f"no finite activations reached this layer ({self.num_skipped} tokens were infinite or NaN): "
-                "the model overflows on the calibration text in float32; look at its weights."
-            )
+            if self.num_skipped == 0:
+                raise ValueError("no token reached this layer: there is nothing to calibrate on")
+            return torch.eye(self._sum.shape[0], device=self._sum.device)
         total = self._sum if self._unwanted is None else self._sum + self._unwanted
         return (total / self.num_tokens).float()
 
@@ -113,7 +114,8 @@ class InputStatistics:
         if failed:
             return matrix  # no correction can be computed: none is made
         drift = (self._wanted[rows] - matrix.double() @ self._sum).T
-        return matrix + torch.cholesky_solve(drift, factor).T.to(matrix.dtype)
+        corrected = matrix + torch.cholesky_solve(drift, factor).T.to(matrix.dtype)
+        return corrected if _is_storable(corrected) else matrix
 
     def refitted(self, matrix: Tensor, ridge: float, *, affine: bool = True) -> tuple[Tensor, Tensor]:
         """The weight and the bias that best give the wanted outputs: of E|V x + b - t|^2 plus a ridge around W.
@@ -139,7 +141,20 @@ class InputStatistics:
         covariance.diagonal().add_(share * diagonal)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         wide = matrix.double() if failed else matrix.double() + torch.cholesky_solve(drift.T, factor).T
-        return wide.to(matrix.dtype), (outputs - wide @ inputs).to(matrix.dtype)
+        bias = outputs - wide @ inputs
+        if not (_is_storable(wide) and _is_storable(bias)):
+            return matrix, torch.zeros_like(bias, dtype=matrix.dtype)
+        return wide.to(matrix.dtype), bias.to(matrix.dtype)
+
+
+def _is_storable(values: Tensor) -> bool:
+    """Whether float16, in which models are stored, holds all values; of a correction that it does not hold, none is made."""
+    return bool(values.abs().amax() <= torch.finfo(torch.float16).max)
+
+
+def is_usable(rows: Tensor) -> Tensor:
+    """Which tokens [n, features] can be counted: finite ones, whose squares float32 can add up. NaN compares as false."""
+    return torch.linalg.vector_norm(rows, dim=1) < _LARGEST
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:

@@ -73,10 +73,18 @@ class _AddFiles(argparse.Action):
     ) -> None:
         """Sort the values of one option into files and overrides."""
         for value in values if isinstance(values, list) else []:
-            if OVERRIDE.fullmatch(value) and not Path(value).is_file():
+            if OVERRIDE.fullmatch(value) and not _is_there(value):
                 namespace.overrides.append(value)
             else:
                 namespace.files.append(RecipeFile(path=Path(value), as_json=self.const))
+
+
+def _is_there(text: str) -> bool:
+    """Whether a text is the path of a file or folder; most texts cannot even be one, being too long for instance."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _quiet(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +173,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     found = vars(parser.parse_intermixed_args(rest, argparse.Namespace(files=[], overrides=[])))
     files, overrides, more = found.pop("files"), found.pop("overrides"), found.pop("more")
     late = [word for word in (*(str(file.path) for file in files), *more) if word in COMMANDS]
-    if late and not Path(late[0]).exists():
+    if late and not _is_there(late[0]):
         parser.error(f"{late[0]!r} stands too late; {_COMMAND_FIRST}")
     models = [option for option in command.in_place_of_recipe if found.get(option) is not None]
     if not files and not models:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from algorithms.registry import config_class, rows
-from configs.errors import DataError, ExitCode, MissingEnvironmentError, RankFailedError, RecipeError, RecipeProblem
+from configs.errors import DataError, ExitCode, MissingEnvironmentError, RankFailedError, RecipeError, RecipeProblem, visible
 from configs.loader import LoadedRecipe, load_recipe
 from jobs.command_line.arguments import COMMANDS, Arguments
 from jobs.command_line.listing import JobEntry, list_jobs
 from jobs.execution.memory import naming_remedies
+from jobs.execution.storage import naming_places
 from jobs.processes.environment import is_follower, is_on_another_node, ranks_to_start
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def perform(arguments: Arguments) -> None:
         return
     action = _ACTIONS[arguments.command]
     for loaded in _load(arguments):
-        with naming_remedies(loaded):
+        with naming_remedies(loaded), naming_places(loaded):
             action(loaded, arguments)
 
 
@@ -230,4 +231,4 @@ def _job_lines(job: JobEntry) -> list[str]:
 
 def _say(lines: list[str]) -> None:
     """Write a command's answer. Jobs talk through jobs.logs, which imports torch; these answers should not wait for it."""
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write(visible("\n".join(lines) + "\n"))

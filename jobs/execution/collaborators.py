@@ -23,6 +23,7 @@ from algorithms.modeling.source import ModelSource
 from algorithms.registry import algorithm_class
 from configs.recipe import EvaluationConfig, Recipe
 from jobs import datasets, models
+from jobs.execution.soundness import Progress, check_weights
 from jobs.logs import Terminal
 from jobs.reporting.certificate import ClientCommand, client_command
 from jobs.scoring.harness import Harness
@@ -100,6 +101,7 @@ class Collaborators:
     load_dense: Callable[[Path, bool], nn.Module] = load_dense
     perplexity: Callable[[nn.Module, Tensor, int], evaluation.Perplexity] = evaluation.perplexity
     chunked_perplexity: Callable[[nn.Module, Tensor, int | None], chunked.ChunkedPerplexity] = chunked.chunked_perplexity
+    check_weights: Callable[[ModelSource, Workspace, Progress], None] = check_weights
     compare: Callable[[nn.Module, nn.Module, Tensor, int], evaluation.Comparison] = evaluation.compare
     client_command: ClientCommand = client_command
     open_hub: Callable[[], HfApi] = HfApi

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from algorithms.base import Artifact
-from algorithms.modeling.files import atomic_write_json, atomic_write_text
+from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.on_demand import place
-from configs.errors import CertificateError, DataError
+from configs.errors import CertificateError, DataError, visible
 from configs.loader import LoadedRecipe
 from jobs.estimation.prediction import CERTIFICATE, EVALUATION
 from jobs.evaluation import BASE, Examiner, IncompleteEvaluationError, Memory, Questions, Subject, placed
@@ -32,7 +32,7 @@ from jobs.reporting.certificate import (
     certificate_windows,
     certify,
 )
-from jobs.reporting.html.report import Account, report
+from jobs.reporting.html.report import Account, write_report
 from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.secrets import without_secrets
 from jobs.reporting.summary import BitAccount, CostRow, Summary
@@ -197,8 +197,9 @@ def _publish(outcome: Outcome, withheld: list[str]) -> None:
     if outcome.artifact.directory == job_dir:
         return
     publication = Publication(key=stage.key, files=files)
-    if outcome.is_fresh or not is_published(job_dir, job.manifest.current.published, stage.key, withheld):
-        publish(outcome.artifact.directory, job_dir, job.manifest, publication, withheld=withheld)
+    folder, published = outcome.artifact.directory, job.manifest.current.published
+    if outcome.is_fresh or not is_published(folder, job_dir, published, publication, withheld):
+        publish(folder, job_dir, job.manifest, publication, withheld=withheld)
         logger.info("Published %s to %s", count_files(len(files)), job_dir)
 
 
@@ -364,23 +365,24 @@ def _write_card(outcome: Outcome, summary: Summary) -> None:
         formats=outcome.formats,
         recipe=job.workspace.recipe_path.read_text(encoding="utf-8"),
         tags=("compression", *dict.fromkeys(method.lower() for method in (*earlier, job.algorithm.name))),
-        notes=(*loading_notes(config), *job.algorithm.serving_notes(job.workspace.job_dir)),
+        notes=(*loading_notes(config), *job.algorithm.serving_notes(job.workspace.job_dir), *_trust_notes(job)),
         origin=origin_of(job.source.directory, summary.stages.values(), job.algorithm.relation),
     )
-    write_extra(job.workspace.job_dir / NAME, without_secrets(card, os.environ), job.manifest, job.workspace.job_dir)
+    shown = visible(without_secrets(card, os.environ))
+    write_extra(job.workspace.job_dir / NAME, shown, job.manifest, job.workspace.job_dir)
+
+
+def _trust_notes(job: Job) -> tuple[str, ...]:
+    """That somebody else's code had a part in this, where it was allowed one."""
+    if not job.recipe.trust_remote_code:
+        return ()
+    return (f"Made with TRUST_REMOTE_CODE: code that comes with {job.source.name} was allowed to run.",)
 
 
 def _write_report(outcome: Outcome, summary: Summary) -> None:
-    """The report is for people: whatever goes wrong with it is said, and costs nothing else."""
     job = outcome.job
     account = Account(summary=summary, manifest=job.manifest.current, metrics=job.workspace.metrics_path, loaded=outcome.loaded)
-    try:
-        text = without_secrets(report(account), os.environ)
-        atomic_write_text(job.workspace.report_path, text)
-    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
-        logger.warning("The report could not be written: %s: %s", type(error).__name__, error)
-        return
-    logger.info("Report: %s", job.workspace.report_path)
+    write_report(account, job.workspace.report_path)
 
 
 def _read_config(path: Path) -> Mapping[str, object]:

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from configs.errors import MemoryShortageError, RankFailedError, RankLostError
+from configs.errors import DataError, MemoryShortageError, RankFailedError, RankLostError
 from configs.loader import BLOCK, LoadedRecipe
 
-OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "can't start new thread",  # no room for its stack
+    "failed to map segment",  # of a library that is loaded late
+)
 
 
 @contextmanager
@@ -22,13 +29,20 @@ def naming_remedies(loaded: LoadedRecipe) -> Iterator[None]:
         yield
     except (MemoryShortageError, RankFailedError, RankLostError):
         raise  # said already, by whoever ran out of it
-    except (MemoryError, RuntimeError) as error:
-        if not _is_memory_shortage(error):
+    except (MemoryError, RuntimeError, OSError, ImportError, DataError) as error:
+        if not any(map(_is_memory_shortage, causes(error))):
             raise
         raise MemoryShortageError(_remedies(loaded, error)) from error
 
 
-def _is_memory_shortage(error: MemoryError | RuntimeError) -> bool:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it was made from, the newest first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_memory_shortage(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory. Torch's CPU allocator raises a plain RuntimeError, told by its words."""
     kind = type(error)
     by_type = isinstance(error, MemoryError) or (kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch"))

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +31,7 @@ from jobs.manifest import ManifestFile, StageRecord, Status, now
 from jobs.planning import PlannedStage
 from jobs.processes.board import Order
 from jobs.processes.crew import Crew
+from jobs.reporting.secrets import without_secrets
 from jobs.results.artifacts import describe_folder, remove_folder, replace_folder, table_digest
 from jobs.results.keys import request_record
 from jobs.workspace import Workspace
@@ -63,7 +65,7 @@ class Job:
 
     def metrics(self, values: Mapping[str, object]) -> None:
         """Append one line to metrics.jsonl, where figures that are not finite become their names, and hand it to tracking."""
-        line = {"time": now(), **values}
+        line = without_secrets({"time": now(), **values}, os.environ)
         with self.workspace.metrics_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({name: _jsonable(value) for name, value in line.items()}, ensure_ascii=False) + "\n")
         self.track(line)
@@ -193,7 +195,7 @@ def _opening_record(job: Job, planned: PlannedStage, tokens: Tokens | None, resu
         key=planned.key,
         algorithm=job.algorithm.name,
         version=spec.version,
-        settings=dict(spec.settings),
+        settings=without_secrets(dict(spec.settings), os.environ),
         input_key=planned.input_key,
         tokens_key=planned.tokens_key,
         request=request_record(spec),
@@ -207,7 +209,7 @@ def _opening_record(job: Job, planned: PlannedStage, tokens: Tokens | None, resu
         wall_s=earlier.wall_s if earlier else 0.0,
         peak_memory_bytes=earlier.peak_memory_bytes if earlier else 0,
         peak_cuda_memory_bytes=earlier.peak_cuda_memory_bytes if earlier else None,
-        tokens=dict(tokens.record) if tokens else {},
+        tokens=without_secrets(dict(tokens.record), os.environ) if tokens else {},
         predicted=job.predictions.get(spec.name),
     )
 

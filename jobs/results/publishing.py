@@ -12,7 +12,7 @@ from algorithms.modeling.files import file_digest
 from configs.errors import DataError
 from configs.names import EXPORTS
 from jobs.manifest import ManifestFile, Publication
-from jobs.results.artifacts import FileRecord
+from jobs.results.artifacts import FileRecord, check_files
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,29 @@ def publish(
     manifest.update(published=publication)
 
 
-def is_published(job_dir: Path, publication: Publication | None, key: str, withheld: Collection[str] = ()) -> bool:
-    """Whether the job folder already holds what stage ``key`` exported: all names with their sizes."""
-    if publication is None or publication.key != key:
+def is_published(
+    folder: Path, job_dir: Path, published: Publication | None, publication: Publication, withheld: Collection[str] = ()
+) -> bool:
+    """Whether the job folder already holds the publication: all its files, with the content that the stage gave them.
+
+    A file that is the very same as its twin in ``folder`` is not read again; a difference is said.
+    """
+    if published is None or published.key != publication.key:
         return False
     expected = {name: record for name, record in publication.files.items() if not _is_withheld(name, withheld)}
-    return all((job_dir / name).is_file() and (job_dir / name).stat().st_size == r.size for name, r in expected.items())
+    # A card that was written over since is no longer the stage's.
+    theirs = {name: record for name, record in expected.items() if published.files.get(name) == record}
+    own = {name: record for name, record in theirs.items() if not _is_same_file(folder / name, job_dir / name)}
+    state = check_files(job_dir, own, full=True)
+    if own and not state.intact:
+        problems = state.problems or [f"{name} is missing" for name in own]
+        logger.warning("%s is not what was published (%s); its files are put there again", job_dir, "; ".join(problems[:5]))
+        return False
+    return True
+
+
+def _is_same_file(first: Path, second: Path) -> bool:
+    return first.is_file() and second.is_file() and first.samefile(second)
 
 
 def count_files(number: int) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from algorithms.modeling.files import atomic_folder, atomic_save_tensors, atomic_write_json, file_digest
+from jobs.results.artifacts import canonical_digest
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ def read_tokens(folder: Path, key: str) -> TokenSets | None:
         head = json.loads((place / RECORD_FILE).read_text(encoding="utf-8"))
         if head["digest"] != file_digest(place / TOKENS_FILE):
             raise ValueError("the tokens are not those that were written")
+        if "record_digest" in head and head["record_digest"] != canonical_digest(head["record"]):  # older entries have none
+            raise ValueError("the record is not the one that was written")
         tensors = load_file(place / TOKENS_FILE)
         train, validation = (_unflatten(tensors, part) for part in ("train", "validation"))
         return TokenSets(train=train, validation=validation, key=key, record=head["record"])
@@ -59,7 +62,8 @@ def write_tokens(folder: Path, sets: TokenSets) -> None:
     with atomic_folder(place) as partial:
         tensors = _flatten(sets.train, "train") | _flatten(sets.validation, "validation")
         atomic_save_tensors(partial / TOKENS_FILE, tensors)
-        atomic_write_json(partial / RECORD_FILE, {"digest": file_digest(partial / TOKENS_FILE), "record": dict(sets.record)})
+        digests = {"digest": file_digest(partial / TOKENS_FILE), "record_digest": canonical_digest(dict(sets.record))}
+        atomic_write_json(partial / RECORD_FILE, {**digests, "record": dict(sets.record)})
         shutil.rmtree(place, ignore_errors=True)
 
 

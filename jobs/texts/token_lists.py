@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises for a file that holds more than tensors; nothing is unpickled here
 
@@ -51,6 +52,20 @@ def check_vocabulary(sequences: list[Tensor], vocab_size: int, model: str, origi
         raise DataError(
             f"{origin}: {which}, but the vocabulary of {model} has {vocab_size} entries (ids 0 to {vocab_size - 1}). "
             "The list belongs to another tokenizer: change DATA_PATH (or DATASET_NAME) or MODEL."
+        )
+
+
+def check_tokenizer(sequences: Sequence[Tensor], vocab_size: int, directory: Path) -> None:
+    """Refuses what a tokenizer has made for another model than the one whose folder it stands in.
+
+    Raises:
+        DataError: Names the id that is furthest out and the size of the vocabulary.
+    """
+    largest = max((int(tokens.max()) for tokens in sequences if tokens.numel()), default=0)
+    if largest >= vocab_size:
+        raise DataError(
+            f"MODEL {directory}: its tokenizer gives ids up to {largest}, but the model's vocabulary has {vocab_size} entries. "
+            "The tokenizer belongs to another model: fetch MODEL again, or put its own tokenizer there."
         )
 
 

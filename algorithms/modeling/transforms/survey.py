@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.lockstep import BlockWalk
-from algorithms.numerics.statistics import InputStatistics
+from algorithms.modeling.source import NOTHING_FINITE, ModelError
+from algorithms.numerics.statistics import InputStatistics, is_usable
 from algorithms.parallel.ranks import ALONE, Ranks
 
 _SAMPLED = 256  # tokens of all ranks that a sample has, about
@@ -43,10 +44,10 @@ def survey(
 ) -> dict[str, ChannelStatistics]:
     """Statistics by the first linear of each group, over the sequences of all ranks; the block stays as it is.
 
-    Tokens with infinite or NaN inputs are left out.
+    Tokens that no statistics can be made of (``is_usable``) are left out.
 
     Raises:
-        ValueError: no finite token was seen.
+        ModelError: none was left.
     """
     leaders = [group[0] for group in architecture.input_groups]
     widths = {leader: block.get_submodule(leader).weight.shape[1] for leader in leaders}
@@ -60,13 +61,15 @@ def survey(
             for batch in walk.next_stop():
                 statistics.update(batch)
                 tokens = batch.flatten(0, 1)
-                tokens = tokens[torch.isfinite(tokens.sum(1))]
+                tokens = tokens[is_usable(tokens.float())]
                 sizes += tokens.abs().sum(0, dtype=torch.float64)
                 if tokens.shape[0]:
                     largest = torch.maximum(largest, tokens.abs().amax(0).double())
                 sampled.append(tokens[:: max(1, tokens.shape[0] // few)][:few])
             ranks.meet()
             statistics.add_up(ranks.sum_)
+            if not statistics.num_tokens:
+                raise ModelError(NOTHING_FINITE.format(index=index))
             ranks.sum_(sizes)
             parts = ranks.exchange((largest, torch.cat(sampled)))
             largest = torch.stack([part[0] for part in parts]).amax(0)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from algorithms.numerics.statistics import is_usable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
@@ -25,9 +27,9 @@ class Moments:
 
     @classmethod
     def of(cls, tokens: Tensor) -> Moments:
-        """Of tokens [..., I]; those with an infinite or NaN channel are left out."""
+        """Of tokens [..., I]; those whose squares cannot be added up are left out."""
         rows = tokens.detach().reshape(-1, tokens.shape[-1])
-        rows = rows[torch.isfinite(rows.sum(1))].double()
+        rows = rows[is_usable(rows.float())].double()
         if not rows.shape[0]:
             return cls.none(tokens.shape[-1], tokens.device)
         mean = rows.mean(0)

@@ -21,7 +21,7 @@ from algorithms.modeling.activations import Activations, embed
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.files import atomic_save_tensors, atomic_write_json, folder_digest
 from algorithms.modeling.lockstep import BlockWalk
-from algorithms.modeling.source import ModelSource
+from algorithms.modeling.source import NOTHING_FINITE, ModelError, ModelSource
 from algorithms.modeling.transforms.narrowing import Kept, Widths, attention_output, neuron_output, widths
 from algorithms.numerics.pruning.elimination import removal_losses
 from algorithms.numerics.pruning.moments import Moments, together
@@ -149,7 +149,7 @@ def look_at(
     """The channels behind attention and the neurons, by the linear that reads them; the hidden states pass the block.
 
     Raises:
-        ValueError: no finite token was seen.
+        ModelError: no finite token was seen.
     """
     names = (attention_output(architecture), neuron_output(architecture))
     channels = {name: block.get_submodule(name).weight.shape[1] for name in names}
@@ -166,13 +166,12 @@ def look_at(
                     statistics.update(batch)
             if own.count < passed:
                 left_out = passed - own.count
-                logger.warning("block %d: %d tokens with infinite or NaN inputs of %s left out", index, left_out, name)
+                logger.warning(
+                    "block %d: %d tokens with infinite, NaN or far too large inputs of %s left out", index, left_out, name
+                )
             moments = together(ranks.exchange(own))
             if not moments.count:
-                raise ValueError(
-                    f"no finite activations reached block {index}: the model overflows on the calibration text in float32; "
-                    "look at its weights."
-                )
+                raise ModelError(NOTHING_FINITE.format(index=index))
             if statistics is not None:
                 statistics.add_up(ranks.sum_)
             found[name] = Channels(moments=moments, hessian=None if statistics is None else statistics.hessian())

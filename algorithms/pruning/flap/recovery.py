@@ -26,7 +26,7 @@ _FACTS = "calibration.json"
 def recover_pruned(context: StageContext, artifact: Artifact, config: RecoveryConfig) -> Artifact:
     """Tune the pruned model; leaves the layout of the pruning, whose calibration.json has the losses of every step as well."""
     ranks, directory = context.ranks, context.output_dir
-    finished = ranks.is_main and is_complete(directory, _FACTS, context.source.num_blocks)
+    finished = ranks.is_main and is_complete(directory, _FACTS, context.source.num_blocks, artifact.directory)
     ranks.meet()
     if ranks.from_main(finished):
         logger.info("Recovery was stopped after its last file; there is nothing left to do")

@@ -40,7 +40,7 @@ _CONTAINERS = {"uint8": torch.int8, "uint16": torch.int16}
 def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) -> Artifact:
     """Tune what the calibration left; leaves the same layout, and ``tuning.json`` with the losses of every step."""
     ranks, directory = context.ranks, context.output_dir
-    is_finished = ranks.is_main and is_complete(directory, _REPORT, context.source.num_blocks)
+    is_finished = ranks.is_main and is_complete(directory, _REPORT, context.source.num_blocks, artifact.directory)
     ranks.meet()
     if ranks.from_main(is_finished):
         logger.info("PV-Tuning was stopped after its last file; there is nothing left to do")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from algorithms.modeling.files import atomic_write_text
 from configs.loader import LoadedRecipe
 from jobs.logs import duration
 from jobs.manifest import Manifest
@@ -17,10 +20,12 @@ from jobs.reporting.html.layers import errors_section, tuning_section
 from jobs.reporting.html.measurements import read_measurements
 from jobs.reporting.html.page import Badge, Drawing, Number, Page, Row, Section, Table
 from jobs.reporting.html.settings import settings_of
+from jobs.reporting.secrets import without_secrets
 from jobs.reporting.summary import FIGURE_COLUMNS, STAGE_COLUMNS, TASK_COLUMNS, Summary, size
 from jobs.scoring.figures import CorpusFigures
 
-NAME = "report.html"
+logger = logging.getLogger(__name__)
+
 _KL = (
     "KL is the mean divergence of the compressed model's next-token distribution from the uncompressed one's; intervals are "
     "95 % bootstrap intervals over windows."
@@ -59,6 +64,16 @@ def report(account: Account) -> str:
             _recipe(account),
         ],
     ).render()
+
+
+def write_report(account: Account, path: Path) -> None:
+    """Write the report. It is for people: whatever goes wrong with it is said, and costs nothing else."""
+    try:
+        atomic_write_text(path, without_secrets(report(account), os.environ))
+    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("The report could not be written: %s: %s", type(error).__name__, error)
+        return
+    logger.info("Report: %s", path)
 
 
 def _badge(certificate: FormatCertificate) -> Badge:

@@ -144,3 +144,24 @@ def test_the_lock_leaves_nothing_behind_and_can_be_taken_again(tmp_path):
 def test_other_jobs_are_not_locked(tmp_path):
     with JobLock(workspace(tmp_path, JOB_ID="a")), JobLock(workspace(tmp_path, JOB_ID="b")) as second:
         assert second is not None
+
+
+def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
+    here = workspace(tmp_path)
+    here.create()
+    job, tmp = here.job_dir, here.tmp_dir
+    kept = [job / "config.json", tmp / ".calibration.partial" / "0.json", tmp / ".calibration.partial" / ".key.json"]
+    gone = [
+        job / ".manifest.json.12.partial",
+        tmp / ".calibration.partial" / ".0.safetensors.12.partial",
+        job / ".README.md.partial",
+    ]
+    gone += [tmp / "tokenized_dataset" / ".abc.12.partial" / "tokens.safetensors", tmp / ".calibration.replaced" / "0.json"]
+    for path in [*kept, *gone]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    (job / "a link").symlink_to(tmp_path / "nowhere")
+    here.sweep()
+    assert [path for path in kept if not path.exists()] == []
+    assert [path for path in (*gone, gone[-1].parent, gone[-2].parent) if path.exists()] == []
+    assert (job / "a link").is_symlink()

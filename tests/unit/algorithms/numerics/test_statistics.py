@@ -56,11 +56,32 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted():
     assert (dirty.num_tokens, dirty.num_skipped) == (10, 2)
 
 
-def test_nothing_finite_is_an_error():
-    statistics = InputStatistics(2)
-    statistics.update(torch.full((3, 2), torch.nan))
-    with pytest.raises(ValueError, match="no finite activations"):
+def test_where_nothing_is_finite_all_errors_count_the_same_and_no_correction_is_made():
+    statistics, matrix = InputStatistics(2, out_features=3), torch.randn(3, 2)
+    with pytest.raises(ValueError, match="no token reached"):
         statistics.hessian()
+    statistics.update(torch.full((3, 2), torch.nan), torch.randn(3, 3))
+    assert torch.equal(statistics.hessian(), torch.eye(2))
+    assert torch.equal(statistics.corrected(matrix), matrix)
+
+
+@pytest.mark.parametrize("size", [1e16, 1e20, 3e38])
+def test_tokens_whose_squares_do_not_add_up_are_left_out(size):
+    inputs = torch.randn(10, 4)
+    clean, loud = InputStatistics(4), InputStatistics(4)
+    clean.update(inputs)
+    loud.update(torch.cat([inputs, size * torch.ones(2, 4)]))
+    torch.testing.assert_close(loud.hessian(), clean.hessian())
+    assert loud.num_skipped == 2
+
+
+def test_a_correction_that_float16_does_not_hold_is_not_made():
+    inputs, matrix = torch.randn(50, 4), torch.randn(3, 4)
+    for factor, is_made in ((1.0, True), (1e9, False)):
+        statistics = InputStatistics(4, out_features=3)
+        statistics.update(inputs, factor * torch.randn(50, 3))
+        assert torch.equal(statistics.corrected(matrix), matrix) != is_made
+        assert torch.equal(statistics.refitted(matrix, 0.1)[0], matrix) != is_made
 
 
 def test_generators_differ_by_place_and_repeat():

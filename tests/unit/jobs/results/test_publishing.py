@@ -48,7 +48,7 @@ def test_files_are_linked_and_every_config_comes_last(tmp_path, job, monkeypatch
     assert placed[-2:] == ["exports/b/config.json", "config.json"]
     assert set(placed) == set(NAMES)
     assert (job / "zz.safetensors").samefile(tmp_path / "converted" / "zz.safetensors")
-    assert is_published(job, publication, publication.key)
+    assert is_published(tmp_path / "converted", job, publication, publication)
 
 
 def test_files_become_readable_for_whoever_may_enter_the_folder(tmp_path, job):
@@ -96,7 +96,7 @@ def test_a_kill_in_the_middle_leaves_no_config_and_is_repaired(tmp_path, job, mo
         publish(tmp_path / "two", job, manifest, second)
     assert not list(job.rglob("config.json"))
     again = ManifestFile(manifest.path)
-    assert not is_published(job, again.current.published, second.key)
+    assert not is_published(tmp_path / "two", job, again.current.published, second)
     check_target(job, again.current.published)
     monkeypatch.setattr(publishing, "place_file", place)
     third = stage(tmp_path / "three", NAMES[:2], "333")
@@ -111,8 +111,8 @@ def test_a_withheld_format_keeps_its_files_and_loses_its_config(tmp_path, job):
     assert (job / "exports/b/b.safetensors").is_file()
     assert not (job / "exports/b/config.json").exists()
     assert (job / "exports/c/model.gguf").is_file()
-    assert is_published(job, publication, publication.key, ["exports/b"])
-    assert not is_published(job, publication, publication.key)
+    assert is_published(tmp_path / "converted", job, publication, publication, ["exports/b"])
+    assert not is_published(tmp_path / "converted", job, publication, publication)
 
 
 def test_a_withheld_gguf_file_is_not_there_since_it_needs_no_config(tmp_path, job):

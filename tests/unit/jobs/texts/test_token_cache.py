@@ -37,7 +37,7 @@ def test_another_key_is_a_miss_without_a_warning(tmp_path, sets, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "record", "missing"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "record", "word", "missing"])
 def test_damaged_entries_are_a_miss_with_a_warning_and_are_replaced(tmp_path, sets, caplog, damage):
     write_tokens(tmp_path, sets)
     tokens, record = tmp_path / "k" / TOKENS_FILE, tmp_path / "k" / RECORD_FILE
@@ -48,6 +48,8 @@ def test_damaged_entries_are_a_miss_with_a_warning_and_are_replaced(tmp_path, se
         tokens.write_bytes(content[:-4])
     elif damage == "record":
         record.write_text("{")
+    elif damage == "word":
+        record.write_text(record.read_text().replace("by hand", "by head"))
     else:
         tokens.unlink()
     with caplog.at_level(logging.WARNING):

@@ -1,0 +1,187 @@
+"""One byte of every kind of file of a finished job is flipped; models come damaged from the start; two runs meet."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.faults.kill import job_of, result
+from tests.faults.warm_process import ROOT
+
+MODEL = ROOT / "examples" / "quickstart" / "model"
+# A file of a finished job, and the stages that are made again for it. None of the rest is touched.
+KINDS = {
+    "model.safetensors": [],
+    "config.json": [],
+    "tokenizer.json": [],
+    "generation_config.json": [],
+    "exports/dense/model.safetensors": [],
+    "exports/dense/tokenizer_config.json": [],
+    "certificate.json": [],
+    "tmp/converted/model.safetensors": ["conversion"],
+    "tmp/converted/tokenizer.json": ["conversion"],
+    "tmp/converted/exports/dense/config.json": ["conversion"],
+}  # fmt: skip
+EARLIER = {
+    "tmp/calibration/1.safetensors": ["calibration", "finetune", "conversion"],
+    "tmp/calibration/2.json": ["calibration", "finetune", "conversion"],
+    "tmp/calibration/not_quantized_weights.safetensors": ["calibration", "finetune", "conversion"],
+    "tmp/finetune/0.safetensors": ["finetune", "conversion"],
+    "tmp/finetune/tuning.json": ["finetune", "conversion"],
+    "tmp/finetune/tokenizer.json": ["finetune", "conversion"],
+}
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    """Exchange one bit of a file, without touching another name of the same file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 4
+    path.unlink()
+    path.write_bytes(bytes(content))
+
+
+def times(job: Path) -> dict[str, str]:
+    """When each stage of a job was finished, and of which attempt."""
+    stages = json.loads((job / "manifest.json").read_text())["stages"]
+    return {name: f"{stage['finished']} {stage['attempts']} {stage['wall_s']}" for name, stage in stages.items()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_flipped_byte_is_found_and_named_and_only_what_follows_is_made_again(run, finished, expected, name):
+    job = job_of(finished)
+    before = times(job)
+    flip(job / name)
+    done = run(finished)
+    assert done.code == 0, done.said
+    assert name.removeprefix("tmp/converted/") in done.said, done.said
+    assert result(finished) == expected
+    assert [stage for stage in before if before[stage] != times(job)[stage]] == KINDS[name]
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_a_flipped_byte_of_an_earlier_stage_is_found_when_it_is_read(run, finished, expected, name):
+    job = job_of(finished)
+    before = times(job)
+    flip(job / name)
+    (job / "tmp" / "converted" / "config.json").unlink()
+    if name.startswith("tmp/calibration"):
+        shutil.rmtree(job / "tmp" / "finetune")
+    done = run(finished)
+    assert done.code == 0, done.said
+    assert f"{Path(name).name} has other content than was written" in done.said, done.said
+    assert result(finished) == expected
+    assert [stage for stage in before if before[stage] != times(job)[stage]] == EARLIER[name]
+
+
+def test_a_flipped_byte_of_the_manifest_is_no_traceback(run, finished):
+    path = job_of(finished) / "manifest.json"
+    flip(path, at=0.0)
+    done = run(finished)
+    assert done.code == 2
+    assert str(path) in done.said
+    assert "Traceback" not in done.said
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the model, as two shards."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[: len(names) // 2], "model-2.safetensors": names[len(names) // 2 :]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    write_index(folder, {name: file for file, part in shards.items() for name in part})
+    return folder
+
+
+def write_index(folder, files):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def read_index(folder):
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def assert_refused(run, tmp_path, model, *words, overrides=()):
+    """The job ends with exit code 2 and all of the words, before it has compressed anything."""
+    done = run(tmp_path / "user", f"MODEL={model}", *overrides)
+    assert done.code == 2, done.said[-2000:]
+    assert "Traceback" not in done.said
+    assert [word for word in words if word not in done.said.strip().splitlines()[-1]] == [], done.said[-2000:]
+    assert not list((tmp_path / "user").rglob("0.safetensors"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_weight_that_is_no_number_is_found_before_the_first_block(run, tmp_path, model, name, value):
+    file = read_index(model)[name]
+    tensors = load_file(model / file)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, model / file, metadata={"format": "pt"})
+    assert_refused(run, tmp_path, model, name, file, "NaN or infinity")
+
+
+def test_a_sound_model_is_read_through_once(run, tmp_path, model):
+    first, second = (run(tmp_path / "user", f"MODEL={model}", "STAGES=[calibration]", f"JOB_ID={name}") for name in "ab")
+    assert (first.code, second.code) == (0, 0), first.said + second.said
+    assert "checking weights 2/2" in first.said
+    assert "checking weights" not in second.said
+
+
+def test_a_truncated_file_is_named(run, tmp_path, model):
+    file = model / "model-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_refused(run, tmp_path, model, str(file), "truncated or damaged")
+
+
+def test_an_index_that_names_missing_shards_says_which(run, tmp_path, model):
+    (model / "model-2.safetensors").unlink()
+    assert_refused(run, tmp_path, model, "model-2.safetensors", "missing")
+
+
+@pytest.mark.parametrize("name", ["../model-2.safetensors", "/etc/passwd", "a/../../x.safetensors"])
+def test_an_index_cannot_lead_out_of_its_folder(run, tmp_path, model, name):
+    shutil.copy(model / "model-2.safetensors", model.parent)
+    write_index(model, {key: file.replace("model-2.safetensors", name) for key, file in read_index(model).items()})
+    assert_refused(run, tmp_path, model, "outside its folder")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_named(run, tmp_path, model, text):
+    (model / "model.safetensors.index.json").write_text(text)
+    assert_refused(run, tmp_path, model, "model.safetensors.index.json", "damaged")
+
+
+def test_a_tokenizer_with_more_words_than_the_model_has_is_found_before_the_first_block(run, tmp_path, model):
+    words = json.loads((model / "tokenizer.json").read_text())
+    words["model"]["vocab"] = {word: number + 5000 for word, number in words["model"]["vocab"].items()}
+    (model / "tokenizer.json").write_text(json.dumps(words))
+    assert_refused(run, tmp_path, model, "its tokenizer gives ids up to", "vocabulary")
+
+
+def test_a_second_run_says_who_has_the_job_and_ends(run, finished):
+    program = (
+        "import fcntl, json, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "json.dump({'host': 'here', 'pid': 4711, 'since': 'noon'}, f); f.flush(); sys.stdout.write('held'); sys.stdout.flush();"
+        "time.sleep(60)"
+    )
+    lock = job_of(finished) / ".job.lock"
+    other = subprocess.Popen([sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE)
+    assert other.stdout.read(4) == b"held"
+    try:
+        done = run(finished)
+        assert done.code == 2, done.said
+        assert "process 4711 on here since noon" in done.said.strip().splitlines()[-1]
+    finally:
+        other.kill()
+        other.wait()
+    done = run(finished)
+    assert done.code == 0, done.said
+    assert "ended without a goodbye (process 4711 on here since noon); taking over" in done.said
