@@ -53,7 +53,10 @@ def _check(stored: object, name: str, file: str) -> None:
 def _parts(stored: object) -> Iterator[Tensor]:
     """A tensor of a file, some rows at a time."""
     shape = stored.get_shape()
-    if not shape or 0 in shape:
+    if 0 in shape:
+        return
+    if not shape:
+        yield stored[...]
         return
     rows = max(_PART * shape[0] // torch.Size(shape).numel(), 1)
     for first in range(0, shape[0], rows):

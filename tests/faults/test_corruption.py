@@ -13,26 +13,20 @@ from tests.faults.kill import job_of, result
 from tests.faults.warm_process import ROOT
 
 MODEL = ROOT / "examples" / "quickstart" / "model"
-# A file of a finished job, and the stages that are made again for it. None of the rest is touched.
-KINDS = {
-    "model.safetensors": [],
-    "config.json": [],
-    "tokenizer.json": [],
-    "generation_config.json": [],
-    "exports/dense/model.safetensors": [],
-    "exports/dense/tokenizer_config.json": [],
-    "certificate.json": [],
-    "tmp/converted/model.safetensors": ["conversion"],
-    "tmp/converted/tokenizer.json": ["conversion"],
-    "tmp/converted/exports/dense/config.json": ["conversion"],
-}  # fmt: skip
-EARLIER = {
-    "tmp/calibration/1.safetensors": ["calibration", "finetune", "conversion"],
-    "tmp/calibration/2.json": ["calibration", "finetune", "conversion"],
-    "tmp/calibration/not_quantized_weights.safetensors": ["calibration", "finetune", "conversion"],
-    "tmp/finetune/0.safetensors": ["finetune", "conversion"],
-    "tmp/finetune/tuning.json": ["finetune", "conversion"],
-    "tmp/finetune/tokenizer.json": ["finetune", "conversion"],
+STAGES = ["calibration", "finetune", "conversion"]
+# Files of a finished job that are damaged together, and the stages that are made again for them; none of the rest is touched.
+PUBLISHED = ["model.safetensors", "config.json", "tokenizer.json"]
+PUBLISHED += ["exports/dense/model.safetensors", "exports/dense/config.json"]
+DAMAGES = {
+    "published": (PUBLISHED, []),
+    "certificate": (["certificate.json"], []),
+    "conversion": ([f"tmp/converted/{name}" for name in ("model.safetensors", "tokenizer.json", "config.json")], STAGES[2:]),
+    "finetune": ([f"tmp/finetune/{name}" for name in ("0.safetensors", "tuning.json", "tokenizer.json")], STAGES[1:]),
+    "finetune's tokenizer": (["tmp/finetune/tokenizer.json"], STAGES[1:]),
+    "calibration": (
+        [f"tmp/calibration/{name}" for name in ("1.safetensors", "2.json", "not_quantized_weights.safetensors")],
+        STAGES,
+    ),
 }
 
 
@@ -50,31 +44,24 @@ def times(job: Path) -> dict[str, str]:
     return {name: f"{stage['finished']} {stage['attempts']} {stage['wall_s']}" for name, stage in stages.items()}
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_flipped_byte_is_found_and_named_and_only_what_follows_is_made_again(run, finished, expected, name):
-    job = job_of(finished)
+@pytest.mark.parametrize("where", DAMAGES)
+def test_a_flipped_byte_is_found_and_named_and_only_what_follows_is_made_again(run, finished, expected, where):
+    job, (names, again) = job_of(finished), DAMAGES[where]
     before = times(job)
-    flip(job / name)
-    done = run(finished)
-    assert done.code == 0, done.said
-    assert name.removeprefix("tmp/converted/") in done.said, done.said
-    assert result(finished) == expected
-    assert [stage for stage in before if before[stage] != times(job)[stage]] == KINDS[name]
-
-
-@pytest.mark.parametrize("name", EARLIER)
-def test_a_flipped_byte_of_an_earlier_stage_is_found_when_it_is_read(run, finished, expected, name):
-    job = job_of(finished)
-    before = times(job)
-    flip(job / name)
-    (job / "tmp" / "converted" / "config.json").unlink()
-    if name.startswith("tmp/calibration"):
+    for name in names:
+        flip(job / name)
+    if where.startswith("finetune"):  # or it would not be read: what was made from it is there
+        shutil.rmtree(job / "tmp" / "converted")
+        (job / "config.json").unlink()
+    if where == "calibration":
         shutil.rmtree(job / "tmp" / "finetune")
+        (job / "tmp" / "converted" / "config.json").unlink()
     done = run(finished)
     assert done.code == 0, done.said
-    assert f"{Path(name).name} has other content than was written" in done.said, done.said
+    shown = [name.split("/", 2)[2] if name.startswith("tmp/") else name for name in names]
+    assert [name for name in shown if name not in done.said] == [], done.said
     assert result(finished) == expected
-    assert [stage for stage in before if before[stage] != times(job)[stage]] == EARLIER[name]
+    assert [stage for stage in before if before[stage] != times(job)[stage]] == again
 
 
 def test_a_flipped_byte_of_the_manifest_is_no_traceback(run, finished):

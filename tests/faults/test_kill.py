@@ -10,7 +10,7 @@ import pytest
 from tests.faults.warm_process import ROOT
 
 
-@pytest.mark.parametrize(("rounds", "signals"), [(15, ["KILL"]), (6, ["TERM", "INT"])])
+@pytest.mark.parametrize(("rounds", "signals"), [(15, ["KILL"]), (5, ["TERM", "INT"])])
 def test_a_job_that_is_stopped_anywhere_ends_as_if_it_never_had_been(rounds, signals):
     command = [sys.executable, "-m", "tests.faults.kill", "--rounds", str(rounds), "--stops", "5", "--signal", *signals]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

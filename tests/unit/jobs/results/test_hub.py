@@ -58,6 +58,7 @@ def test_a_result_that_passed_is_sent_file_for_file_to_a_private_repository(tmp_
     for name, content in hub.files.items():
         assert content == (job_dir(tmp_path) / name).read_bytes()
     assert SECRET not in (job_dir(tmp_path) / "recipe.yaml").read_text()
+    assert "(secret)" in (job_dir(tmp_path) / "recipe.yaml").read_text()
     assert not any(SECRET.encode() in content for content in hub.files.values())
     assert "DATASET_NAME: (secret)" in hub.files["README.md"].decode()
     assert manifest(tmp_path)["uploaded"]["repository"] == "org/small"
