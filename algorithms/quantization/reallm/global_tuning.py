@@ -36,7 +36,7 @@ _FACTS = "calibration.json"
 def tune_globally(context: StageContext, artifact: Artifact, config: GlobalTuningConfig) -> Artifact:
     """Tune what the stages before have left; leaves the same layout, and in calibration.json the losses of every step."""
     ranks, directory = context.ranks, context.output_dir
-    finished = ranks.is_main and is_complete(directory, _FACTS, context.source.num_blocks)
+    finished = ranks.is_main and is_complete(directory, _FACTS, context.source.num_blocks, artifact.directory)
     ranks.meet()
     if ranks.from_main(finished):
         logger.info("Global tuning was stopped after its last file; there is nothing left to do")
