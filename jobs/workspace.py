@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 LOCK = ".job.lock"
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # it writes a file under such a name first, too
 _OF_A_PROCESS = re.compile(r"\.\d+\.partial$")  # algorithms.modeling.files puts the process's number into such a name
 LEGACY_CALIBRATION = "caliberation"  # the spelling that older commands and guides use for tmp/calibration
 
@@ -149,7 +150,8 @@ class Workspace:
 
         A stage's own partial folder stays, since the stage resumes from it.
         """
-        for path in [*self.job_dir.rglob(".*.partial"), *self.tmp_dir.glob(".*.replaced")]:
+        unfinished = [path for path in self.job_dir.rglob(".tmp??????") if _OF_SAFETENSORS.fullmatch(path.name)]
+        for path in [*unfinished, *self.job_dir.rglob(".*.partial"), *self.tmp_dir.glob(".*.replaced")]:
             if path.is_symlink() or path.is_file():
                 path.unlink()
             elif path.is_dir() and (path.suffix == ".replaced" or _OF_A_PROCESS.search(path.name)):

@@ -161,7 +161,13 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     (job / "a link").symlink_to(tmp_path / "nowhere")
+    half = job / "tmp" / ".calibration.partial" / ".tmpj6k6Pf"  # of safetensors
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_text("x")
+    (job / ".tmp-of-mine").write_text("x")
     here.sweep()
+    assert not half.exists()
+    assert (job / ".tmp-of-mine").exists()
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in (*gone, gone[-1].parent, gone[-2].parent) if path.exists()] == []
     assert (job / "a link").is_symlink()
