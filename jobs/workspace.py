@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 LOCK = ".job.lock"
+# A killed process may hold its lock for a moment longer, while its memory is given back.
+_SECONDS_TO_DIE, _SECONDS_A_LOOK = 10.0, 0.1
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # it writes a file under such a name first, too
 _OF_A_PROCESS = re.compile(r"\.\d+\.partial$")  # algorithms.modeling.files puts the process's number into such a name
 LEGACY_CALIBRATION = "caliberation"  # the spelling that older commands and guides use for tmp/calibration
@@ -228,6 +231,7 @@ class JobLock:
     def __init__(self, workspace: Workspace) -> None:
         self._path = workspace.lock_path
         self._file: TextIO | None = None
+        self._waited = 0.0
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,6 +262,10 @@ class JobLock:
         except BlockingIOError as error:
             text = file.read()
             file.close()
+            if self._waited < _SECONDS_TO_DIE and _is_dying(text):
+                self._waited += _SECONDS_A_LOOK
+                time.sleep(_SECONDS_A_LOOK)
+                return None
             raise JobLockedError(
                 f"{self._path.parent}: this job is already running ({_holder(text)}). Wait, end it, or choose another JOB_ID."
             ) from error
@@ -266,6 +274,22 @@ class JobLock:
                 return file
         file.close()
         return None
+
+
+def _is_dying(text: str) -> bool:
+    """Whether the process that a lock names is one of this machine that has been killed, and is only being cleared away."""
+    try:
+        holder = json.loads(text)
+        if holder["host"] != socket.gethostname():
+            return False
+        state = (
+            Path(f"/proc/{int(holder['pid'])}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        )
+    except FileNotFoundError:
+        return Path("/proc/self").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return known.rpartition(")")[2].split()[:1] in (["Z"], ["X"])
 
 
 def job_holder(lock: Path) -> str | None:

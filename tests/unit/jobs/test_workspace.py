@@ -1,9 +1,11 @@
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,24 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in (*gone, gone[-1].parent, gone[-2].parent) if path.exists()] == []
     assert (job / "a link").is_symlink()
+
+
+def test_a_lock_that_a_dead_process_still_seems_to_hold_is_waited_for(tmp_path, monkeypatch):
+    here = workspace(tmp_path)
+    here.create()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    held = here.lock_path.open("w+")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    held.write(json.dumps({"host": socket.gethostname(), "pid": dead.pid, "since": "now"}))
+    held.flush()
+    looks = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: looks.append(seconds) or (len(looks) == 3 and held.close()))
+    with JobLock(here):
+        assert len(looks) == 3
+
+
+def test_a_lock_of_a_living_process_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited"))
+    with JobLock(workspace(tmp_path)), pytest.raises(JobLockedError, match="already running"), JobLock(workspace(tmp_path)):
+        pass
