@@ -282,9 +282,7 @@ def _is_dying(text: str) -> bool:
         holder = json.loads(text)
         if holder["host"] != socket.gethostname():
             return False
-        state = (
-            Path(f"/proc/{int(holder['pid'])}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-        )
+        known = Path(f"/proc/{int(holder['pid'])}/stat").read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return Path("/proc/self").exists()
     except (OSError, ValueError, KeyError, TypeError):
