@@ -24,9 +24,10 @@ from algorithms.base import Progress
 from algorithms.modeling.files import atomic_write_json, atomic_write_text, file_digest
 from algorithms.modeling.lockstep import free_bytes
 from algorithms.modeling.on_demand import held, place, shelf_of
+from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
 from configs.names import TaskRequest
-from configs.recipe import CHUNKED, EvaluationConfig
+from configs.recipe import CHUNKED, EvaluationConfig, Recipe
 from jobs.execution.collaborators import Collaborators
 from jobs.results.artifacts import canonical_digest
 from jobs.scoring.figures import (
@@ -40,10 +41,13 @@ from jobs.scoring.figures import (
     side_by_side,
     task_result_from,
 )
+from jobs.scoring.harness import Harness
+from jobs.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 BASE = "base"
+RESULTS = "evaluation.json"  # of an evaluation by itself
 _SHORT = 12  # characters of a text's digest that tell it from others of its name
 _HELD_SHARE = 0.8  # of the free memory, which a model that answers tasks may take
 
@@ -149,6 +153,16 @@ class Sources:
     tokenizer: Callable[[], object]
     cache_dir: Path
 
+    @classmethod
+    def of(cls, parts: Collaborators, recipe: Recipe, source: ModelSource, workspace: Workspace) -> Sources:
+        """Those of a recipe, for the tokenizer of a model."""
+        return cls(
+            corpus=lambda name: parts.corpus_tokens(name, recipe, source, workspace),
+            chunked=lambda: parts.chunked_wikitext(recipe, source, workspace),
+            tokenizer=source.tokenizer,
+            cache_dir=workspace.cache_dir,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Examiner:
@@ -197,6 +211,11 @@ class Examiner:
             raise IncompleteEvaluationError("\n".join(failed), measured)
         return measured
 
+    @cached_property
+    def _harness(self) -> Harness:
+        """One for all tasks: it reads lm-eval's index, which takes seconds, once."""
+        return self.parts.harness(self.questions.settings, self.cache_dir)
+
     def _corpus(self, name: str, tokens: Tensor, base: Subject, model: Subject | None) -> CorpusFigures:
         settings = self.questions.settings
         shaping = [
@@ -234,8 +253,7 @@ class Examiner:
             found = [self._chunked(subject, folder)]
         else:
             with _ready_to_answer(subject.model):
-                harness = self.parts.harness(settings, self.cache_dir)
-                found = list(harness.run(request, subject.model, self.tokenizer(), folder))
+                found = list(self._harness.run(request, subject.model, self.tokenizer(), folder))
         file = max(folder.glob("results*.json"), key=lambda path: path.stat().st_mtime_ns)
         record = {"results": [asdict(result) for result in found], "file": file.name, "digest": _file_digest(file)}
         self.memory.keep(key, subject.key, record)

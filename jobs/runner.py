@@ -21,7 +21,7 @@ from jobs.earlier_jobs import lineage
 from jobs.estimation.forecast import forecast
 from jobs.estimation.requirements import require
 from jobs.estimation.room import Room
-from jobs.evaluation import Questions, Sources, Subject, file_memory, load_questions, placed
+from jobs.evaluation import RESULTS, Questions, Sources, Subject, file_memory, load_questions, placed
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.conclusion import Outcome, conclude, measure
 from jobs.execution.interruption import JobInterrupted, interruptible
@@ -44,8 +44,6 @@ from jobs.scoring.figures import Figures, describe, describe_task
 from jobs.workspace import Workspace, open_workspace
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +129,7 @@ def evaluate_only(loaded: LoadedRecipe, directory: Path | None = None, *, parts:
             "key": questions.key(None if stored is None else stored.digest),
             "versions": versions(job.crew.size),
         }
-        atomic_write_json(job.workspace.job_dir / EVALUATION_FILE, {**record, **measured.record()})
+        atomic_write_json(job.workspace.job_dir / RESULTS, {**record, **measured.record()})
         shown = "\n".join([*map(describe, measured.figures.corpora), *map(describe_task, measured.figures.tasks)])
         parts.terminal.show(shown, shown)
         return JobResult(job_dir=job.workspace.job_dir, figures=measured.figures)
@@ -302,14 +300,8 @@ def _questions(job: Job) -> Questions | None:
     if settings is None or settings.is_empty:
         return None
     positions = job.source.config.to_dict().get("max_position_embeddings")
-    parts, place_of = job.parts, (job.recipe, job.source, job.workspace)
-    sources = Sources(
-        corpus=lambda name: parts.corpus_tokens(name, *place_of),
-        chunked=lambda: parts.chunked_wikitext(*place_of),
-        tokenizer=job.source.tokenizer,
-        cache_dir=job.workspace.cache_dir,
-    )
-    return load_questions(settings, parts, sources, positions)
+    sources = Sources.of(job.parts, job.recipe, job.source, job.workspace)
+    return load_questions(settings, job.parts, sources, positions)
 
 
 def _announce(plan: Plan) -> None:

@@ -6,6 +6,7 @@ A plugin brings its :class:`BlockCompressor` and the formats it can write; the r
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.base import Artifact, StageContext
+from algorithms.finetuning.distillation.stage import clear
 from algorithms.formats.checkpoint import OUTSIDE, Calibrated, DenseState
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.activations import embed
@@ -26,6 +28,8 @@ from algorithms.modeling.on_demand import folder_on_demand, on_demand, resident
 from algorithms.modeling.source import ModelSource
 
 TOKENS_PER_BATCH = 4096
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +185,36 @@ def hand_on(calibrated: Calibrated, directory: Path) -> None:
     for index, tensors in calibrated.blocks():
         store.save(index, tensors, {"index": index})
     write_outside(calibrated.source, directory, calibrated.outside())
+
+
+def tune_calibrated(
+    context: StageContext, artifact: Artifact, tune: Callable[[], None], *, kind: str, report: str, name: str
+) -> Artifact:
+    """What a stage does around the tuning of a whole calibrated model, on every rank: nothing where it was done already.
+
+    Args:
+        context: of the stage.
+        artifact: what is tuned.
+        tune: leaves the layout of a calibration in the output folder, and ``report``, its last file.
+        kind: marks the result.
+        report: a file that says it is all there; one of a result that has been damaged since is removed first.
+        name: shown to the user.
+    """
+    ranks, directory = context.ranks, context.output_dir
+    finished = ranks.is_main and is_complete(directory, report, context.source.num_blocks, artifact.directory)
+    ranks.meet()
+    if ranks.from_main(finished):
+        logger.info("%s was stopped after its last file; there is nothing left to do", name)
+    else:
+        if ranks.is_main:
+            (directory / report).unlink(missing_ok=True)
+        tune()
+    digest = ""
+    if ranks.is_main:
+        clear(directory)
+        digest = folder_digest(directory)
+    ranks.meet()
+    return Artifact(kind=kind, directory=directory, digest=ranks.from_main(digest))
 
 
 def is_complete(directory: Path, report: str, num_blocks: int, given: Path) -> bool:

@@ -98,7 +98,6 @@ class Collaborators:
     chunked_wikitext: Callable[[Recipe, ModelSource, Workspace], Tensor] = datasets.chunked_wikitext
     harness: Callable[[EvaluationConfig, Path], Harness] = make_harness
     open_source: Callable[[ModelSource], nn.Module] = open_source
-    load_dense: Callable[[Path, bool], nn.Module] = load_dense
     perplexity: Callable[[nn.Module, Tensor, int], evaluation.Perplexity] = evaluation.perplexity
     chunked_perplexity: Callable[[nn.Module, Tensor, int | None], chunked.ChunkedPerplexity] = chunked.chunked_perplexity
     check_weights: Callable[[ModelSource, Workspace, Progress], None] = check_weights

@@ -119,10 +119,10 @@ def read_entries(folders: Sequence[Path]) -> list[Entry]:
     Raises:
         DataError: a job that has no result yet.
     """
-    jobs = [_entry(folder, read_manifest(folder / MANIFEST)) for folder in folders]
+    manifests = [read_manifest(folder / MANIFEST) for folder in folders]
+    jobs = [_entry(folder, manifest) for folder, manifest in zip(folders, manifests, strict=True)]
     bases: dict[str, Entry] = {}
-    for folder, job in zip(folders, jobs, strict=True):
-        manifest = read_manifest(folder / MANIFEST)
+    for manifest, job in zip(manifests, jobs, strict=True):
         if job.figures and job.model not in bases:
             before = None if manifest.sizes is None else manifest.sizes["before"]
             bases[job.model] = Entry(

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,20 +130,10 @@ class Harness:
 
     def _manager(self, requests: Sequence[TaskRequest]) -> TaskManager:
         """The recipe's own tasks alone where these are enough: reading lm-eval's index takes seven seconds."""
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise MissingEnvironmentError(f"EVALUATION.tasks needs the package {_PACKAGE}: {_INSTALL}") from error
-        folder = self.settings.task_folder
-        own = None if folder is None else str(folder.expanduser())
-        if own is not None:
-            if not Path(own).is_dir():
-                raise DataError(f"EVALUATION.task_folder: {folder} is no folder.")
-            manager = TaskManager(include_path=own, include_defaults=False)
-            if all(request.name in manager.all_tasks for request in requests):
-                return manager
-        manager = TaskManager(include_path=own)
-        known = manager.all_tasks
+        own = self._own_tasks
+        if own is not None and all(request.name in own.all_tasks for request in requests):
+            return own
+        known = self._all_tasks.all_tasks
         for request in requests:
             if request.name not in known:
                 near = nearest_name(request.name, known)
@@ -151,7 +142,28 @@ class Harness:
                     + (f"; did you mean {near!r}?" if near else ".")
                     + " Tasks of your own are read from the YAML files of EVALUATION.task_folder."
                 )
-        return manager
+        return self._all_tasks
+
+    @cached_property
+    def _own_tasks(self) -> TaskManager | None:
+        folder = self.settings.task_folder
+        if folder is None:
+            return None
+        if not folder.expanduser().is_dir():
+            raise DataError(f"EVALUATION.task_folder: {folder} is no folder.")
+        return self._tasks(include_path=str(folder.expanduser()), include_defaults=False)
+
+    @cached_property
+    def _all_tasks(self) -> TaskManager:
+        folder = self.settings.task_folder
+        return self._tasks(include_path=None if folder is None else str(folder.expanduser()))
+
+    def _tasks(self, **options: str | bool | None) -> TaskManager:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise MissingEnvironmentError(f"EVALUATION.tasks needs the package {_PACKAGE}: {_INSTALL}") from error
+        return TaskManager(**options)
 
 
 def bos_wanted(tokenizer: PreTrainedTokenizerBase, setting: bool | None) -> bool:

@@ -22,7 +22,7 @@ from configs.document import COMMAND_LINE
 from configs.errors import DataError, RecipeError
 from configs.loader import load_recipe
 from configs.recipe import Recipe
-from jobs.evaluation import BASE, Examiner, Sources, Subject, file_memory, load_questions, placed
+from jobs.evaluation import BASE, RESULTS, Examiner, Sources, Subject, file_memory, load_questions, placed
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.interruption import interruptible
 from jobs.execution.preparation import versions
@@ -34,7 +34,6 @@ from jobs.results.stored_model import StoredModel, find_stored
 from jobs.scoring.figures import Figures, as_records, describe, describe_task
 from jobs.workspace import Workspace, open_workspace
 
-EVALUATION_FILE = "evaluation.json"
 _CARRIER = "RTN"  # a recipe names an algorithm; none of this one's work is done
 
 
@@ -76,7 +75,7 @@ def evaluate_models(request: Request, *, parts: Collaborators | None = None) -> 
         source, found = _compressed(request, recipe, workspace, base, parts)
         subject = None if found is None else Subject(key=found.digest, label=request.label, open=_placing(found.open, recipe))
         examiner = Examiner(
-            questions=load_questions(recipe.evaluation, parts, _sources(recipe, source, workspace, parts)),
+            questions=load_questions(recipe.evaluation, parts, Sources.of(parts, recipe, source, workspace)),
             parts=parts,
             progress=parts.terminal.progress,
             folder=results,
@@ -86,7 +85,7 @@ def evaluate_models(request: Request, *, parts: Collaborators | None = None) -> 
         )
         figures = examiner.score(None if base is None else _base(base, recipe, parts), subject)
         record = {"base": request.base, "model": request.model, "versions": versions(1), "time": now()}
-        atomic_write_json(results / EVALUATION_FILE, {**record, **as_records(figures), "cost": asdict(meter.usage())})
+        atomic_write_json(results / RESULTS, {**record, **as_records(figures), "cost": asdict(meter.usage())})
         shown = "\n".join([*map(describe, figures.corpora), *map(describe_task, figures.tasks), f"results in {results}"])
         parts.terminal.show(shown, shown)
         return figures
@@ -119,15 +118,6 @@ def _compressed(
 
 def _placing(opener: Callable[[], nn.Module], recipe: Recipe) -> Callable[[], nn.Module]:
     return lambda: placed(opener(), this_process.choose_device(Process()), recipe.evaluation)
-
-
-def _sources(recipe: Recipe, source: ModelSource, workspace: Workspace, parts: Collaborators) -> Sources:
-    return Sources(
-        corpus=lambda name: parts.corpus_tokens(name, recipe, source, workspace),
-        chunked=lambda: parts.chunked_wikitext(recipe, source, workspace),
-        tokenizer=source.tokenizer,
-        cache_dir=workspace.cache_dir,
-    )
 
 
 def _as_recipe(request: Request) -> Recipe:

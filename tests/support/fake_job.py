@@ -70,7 +70,6 @@ def parts(folder: Path, behaviour: str = "pass", **changes: object) -> Collabora
         "tokens_key": lambda given, request, source: f"{given.dataset_name} {request}",
         "load_tokens": load_tokens,
         "corpus_tokens": corpus_tokens,
-        "load_dense": lambda directory, trust: TableModel(base_table()),
         "check_weights": lambda source, workspace, progress: None,
         "open_source": lambda source: TableModel(base_table()),
         "client_command": lambda *arguments: [

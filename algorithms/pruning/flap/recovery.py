@@ -6,14 +6,13 @@ import logging
 from dataclasses import asdict
 
 from algorithms.base import Artifact, StageContext
-from algorithms.blockwise.stages import facts, hand_on, is_complete, write_outside
-from algorithms.finetuning.distillation.stage import clear
+from algorithms.blockwise.stages import facts, hand_on, tune_calibrated, write_outside
 from algorithms.finetuning.recovery import recover, tensors_below, tensors_outside
 from algorithms.finetuning.recovery_config import RecoveryConfig
 from algorithms.formats.checkpoint import Calibrated
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.block_store import BlockStore
-from algorithms.modeling.files import atomic_write_json, folder_digest
+from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.on_demand import resident
 from algorithms.modeling.transforms.narrowing import narrowed_on_demand
 
@@ -25,25 +24,13 @@ _FACTS = "calibration.json"
 
 def recover_pruned(context: StageContext, artifact: Artifact, config: RecoveryConfig) -> Artifact:
     """Tune the pruned model; leaves the layout of the pruning, whose calibration.json has the losses of every step as well."""
-    ranks, directory = context.ranks, context.output_dir
-    finished = ranks.is_main and is_complete(directory, _FACTS, context.source.num_blocks, artifact.directory)
-    ranks.meet()
-    if ranks.from_main(finished):
-        logger.info("Recovery was stopped after its last file; there is nothing left to do")
-    else:
-        _tune(context, artifact, config)
-    digest = ""
-    if ranks.is_main:
-        clear(directory)
-        digest = folder_digest(directory)
-    ranks.meet()
-    return Artifact(kind=KIND, directory=directory, digest=ranks.from_main(digest))
+    return tune_calibrated(
+        context, artifact, lambda: _tune(context, artifact, config), kind=KIND, report=_FACTS, name="Recovery"
+    )
 
 
 def _tune(context: StageContext, artifact: Artifact, config: RecoveryConfig) -> None:
     pruned, directory, ranks = Calibrated(artifact.directory), context.output_dir, context.ranks
-    if ranks.is_main:
-        (directory / _FACTS).unlink(missing_ok=True)  # of a result that has been damaged since
     model = resident(narrowed_on_demand(pruned.source, pruned.outside(), pruned.block))
     history = recover(context, context.source, model, config, "llm.FlapPruner.recovery")
     if history.is_usable:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.base import Artifact, StageContext, StageError
-from algorithms.blockwise.stages import hand_on, is_complete, write_outside
+from algorithms.blockwise.stages import hand_on, tune_calibrated, write_outside
 from algorithms.finetuning.distillation.adam import AdamRule
 from algorithms.finetuning.distillation.loop import LoopSettings
 from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype
 from algorithms.finetuning.distillation.sharding import local, whole
-from algorithms.finetuning.distillation.stage import Teaching, clear, distilled, hold_out, refuse_half_products
+from algorithms.finetuning.distillation.stage import Teaching, distilled, hold_out, refuse_half_products
 from algorithms.finetuning.distillation.students.additive_student import AdditiveStudent, PvSettings
 from algorithms.finetuning.distillation.students.coded_linear import CodedLinear
 from algorithms.formats.aqlm import pack, packed_linears, unpack
 from algorithms.formats.checkpoint import Calibrated
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.block_store import BlockStore
-from algorithms.modeling.files import atomic_write_json, folder_digest
+from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.codebooks.additive import AdditiveCodes
 from algorithms.numerics.codebooks.constrained_recode import RecodeLimits
@@ -39,26 +39,15 @@ _CONTAINERS = {"uint8": torch.int8, "uint16": torch.int16}
 
 def finetune(context: StageContext, artifact: Artifact, config: FinetuneConfig) -> Artifact:
     """Tune what the calibration left; leaves the same layout, and ``tuning.json`` with the losses of every step."""
-    ranks, directory = context.ranks, context.output_dir
-    is_finished = ranks.is_main and is_complete(directory, _REPORT, context.source.num_blocks, artifact.directory)
-    ranks.meet()
-    if ranks.from_main(is_finished):
-        logger.info("PV-Tuning was stopped after its last file; there is nothing left to do")
-    else:
-        _tune(context, Calibrated(artifact.directory), config)
-    digest = ""
-    if ranks.is_main:
-        clear(directory)
-        digest = folder_digest(directory)
-    ranks.meet()
-    return Artifact(kind=TUNED, directory=directory, digest=ranks.from_main(digest))
+    calibrated = Calibrated(artifact.directory)
+    return tune_calibrated(
+        context, artifact, lambda: _tune(context, calibrated, config), kind=TUNED, report=_REPORT, name="PV-Tuning"
+    )
 
 
 def _tune(context: StageContext, calibrated: Calibrated, config: FinetuneConfig) -> None:
     ranks, key = context.ranks, "llm.AQLM.finetune_config"
     source = context.source.with_attention(config.attn_implementation)
-    if ranks.is_main:
-        (context.output_dir / _REPORT).unlink(missing_ok=True)  # of a result that has been damaged since
     _check(config, source, context.device)
     how = Computation(
         ranks=ranks,

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.base import Artifact, StageContext
-from algorithms.blockwise.stages import facts, hand_on, is_complete, write_outside
+from algorithms.blockwise.stages import facts, hand_on, tune_calibrated, write_outside
 from algorithms.finetuning.distillation.adam import AdamRule
 from algorithms.finetuning.distillation.loop import LoopSettings
 from algorithms.finetuning.distillation.models import Computation, assemble, computed_dtype
 from algorithms.finetuning.distillation.sharding import whole
-from algorithms.finetuning.distillation.stage import Teaching, clear, distilled, hold_out, refuse_half_products
+from algorithms.finetuning.distillation.stage import Teaching, distilled, hold_out, refuse_half_products
 from algorithms.finetuning.distillation.students.dense_student import DenseSettings, DenseStudent
 from algorithms.formats.checkpoint import Calibrated
 from algorithms.formats.reallm.packed import LAYOUT, pack, unpack
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.block_store import BlockStore
-from algorithms.modeling.files import atomic_write_json, folder_digest
+from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
 from algorithms.parallel.ranks import moved
 from algorithms.quantization.reallm.tuning_config import CAUSAL_LM, GlobalTuningConfig
@@ -35,25 +35,13 @@ _FACTS = "calibration.json"
 
 def tune_globally(context: StageContext, artifact: Artifact, config: GlobalTuningConfig) -> Artifact:
     """Tune what the stages before have left; leaves the same layout, and in calibration.json the losses of every step."""
-    ranks, directory = context.ranks, context.output_dir
-    finished = ranks.is_main and is_complete(directory, _FACTS, context.source.num_blocks, artifact.directory)
-    ranks.meet()
-    if ranks.from_main(finished):
-        logger.info("Global tuning was stopped after its last file; there is nothing left to do")
-    else:
-        _tune(context, artifact, config)
-    digest = ""
-    if ranks.is_main:
-        clear(directory)
-        digest = folder_digest(directory)
-    ranks.meet()
-    return Artifact(kind=KIND, directory=directory, digest=ranks.from_main(digest))
+    return tune_calibrated(
+        context, artifact, lambda: _tune(context, artifact, config), kind=KIND, report=_FACTS, name="Global tuning"
+    )
 
 
 def _tune(context: StageContext, artifact: Artifact, config: GlobalTuningConfig) -> None:
     ranks, directory, calibrated = context.ranks, context.output_dir, Calibrated(artifact.directory)
-    if ranks.is_main:
-        (directory / _FACTS).unlink(missing_ok=True)  # of a result that has been damaged since
     refuse_half_products(config.amp_dtype, context.device, _KEY)
     source = context.source.with_attention(config.attn_implementation)
     how = Computation(ranks=ranks, amp_dtype=computed_dtype(config.amp_dtype, context.device, f"{_KEY}.amp_dtype"))
