@@ -141,8 +141,7 @@ def followed_sequences(config: BlockwiseParameters, source: ModelSource, *, tune
 
 def linear_shapes(source: ModelSource) -> dict[str, tuple[int, int]]:
     """Rows and columns of every compressed linear of a block, by name."""
-    block = source.block_skeleton()
-    shapes = {name: block.get_submodule(name).weight.shape for name in source.architecture.linears}
+    shapes = {name: source.linear_like(name).weight.shape for name in source.architecture.linears}
     return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
 
 

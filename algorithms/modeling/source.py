@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
 
@@ -24,8 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from algorithms.modeling.architecture import ModelArchitecture, architecture_for
+from algorithms.modeling.architecture import ModelArchitecture
+from algorithms.modeling.families.stored_names import StoredTensor, stored_name, stored_tensors
+from algorithms.modeling.families.table import architecture_for
 from algorithms.modeling.files import file_digest, fingerprint
+from algorithms.modeling.mixtures.experts import separate_experts
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,13 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if outside:
         raise ModelError(f"MODEL: {index} names {outside[0]!r}, which is no file of its folder. Do not use this model.")
     return files
+
+
+def _read(handle: safe_open, stored: StoredTensor) -> Tensor:
+    if stored.expert is None:
+        return handle.get_tensor(stored.name)
+    first, last = stored.rows
+    return handle.get_slice(stored.name)[stored.expert, first:last]
 
 
 class ModelSource:
@@ -115,7 +125,8 @@ class ModelSource:
         Raises:
             ModelError: a family that the table does not know.
         """
-        return architecture_for(self.config.model_type)
+        row = architecture_for(self.config.model_type, self.config)
+        return row if row.experts is None else row.resolved(self._template.get_submodule(row.blocks).children())
 
     @property
     def num_blocks(self) -> int:
@@ -129,7 +140,29 @@ class ModelSource:
 
     @cached_property
     def weight_files(self) -> Mapping[str, str]:
-        """Tensor name -> name of the safetensors file that holds it.
+        """Name of a parameter -> name of the safetensors file that holds it.
+
+        Raises:
+            ModelError: as for :attr:`stored_files`.
+        """
+        return {name: tensor.file for name, tensor in self._places.items()}
+
+    @cached_property
+    def _places(self) -> Mapping[str, StoredTensor]:
+        row = architecture_for(self.config.model_type, self.config)
+        return stored_tensors(self.stored_files, row, self._stored_shape)
+
+    def _stored_shape(self, stored: str) -> Sequence[int]:
+        with _opened(self.directory / self.stored_files[stored]) as handle:
+            return handle.get_slice(stored).get_shape()
+
+    def stored_as(self, parameter: str) -> str:
+        """The name that files of this model's family have for a parameter, or for a part of a compressed one."""
+        return stored_name(parameter, self.architecture)
+
+    @cached_property
+    def stored_files(self) -> Mapping[str, str]:
+        """Name of a tensor, as it is stored -> name of the safetensors file that holds it.
 
         Raises:
             ModelError: no safetensors weights, an index that names a missing shard, or an unreadable file.
@@ -187,16 +220,16 @@ class ModelSource:
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
-            if name not in self.weight_files:
+            if name not in self._places:
                 raise ModelError(
                     f"MODEL: {self.directory} has no tensor {name!r}; its weight files do not match its config.json."
                 )
-            by_file.setdefault(self.weight_files[name], []).append(name)
+            by_file.setdefault(self._places[name].file, []).append(name)
         loaded = {}
         for file, wanted in by_file.items():
             with safe_open(self.directory / file, framework="pt") as handle:
                 for name in wanted:
-                    tensor = handle.get_tensor(name)
+                    tensor = _read(handle, self._places[name])
                     loaded[name] = tensor.to(dtype or tensor.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
         return loaded
 
@@ -211,6 +244,7 @@ class ModelSource:
                 config, dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
             )
         model.tie_weights()
+        separate_experts(model)
         return model.eval().requires_grad_(False)
 
     @cached_property
@@ -220,6 +254,19 @@ class ModelSource:
     def block_skeleton(self) -> nn.Module:
         """The first block as it is in :meth:`skeleton`, to be looked at and left as it is."""
         return self._template.get_submodule(f"{self.architecture.blocks}.0")
+
+    def linear_like(self, name: str) -> nn.Linear:
+        """A linear of the architecture in the first block that has it, to be looked at and left as it is.
+
+        Raises:
+            ModelError: no block has it.
+        """
+        for block in self._template.get_submodule(self.architecture.blocks).children():
+            try:
+                return block.get_submodule(name)
+            except AttributeError:
+                continue
+        raise ModelError(f"MODEL: no block of {self.directory} has {name}, which the table has for {self.config.model_type}.")
 
     def block_prefix(self, index: int) -> str:
         """Name prefix of a block's parameters, with the closing dot."""

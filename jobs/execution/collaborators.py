@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from algorithms.base import CompressionAlgorithm, TokenRequest
-from algorithms.modeling.architecture import is_known
 from algorithms.modeling.evaluation import chunked
 from algorithms.modeling.evaluation import perplexity as evaluation
+from algorithms.modeling.families.table import is_known
 from algorithms.modeling.on_demand import source_on_demand
 from algorithms.modeling.source import ModelSource
 from algorithms.registry import algorithm_class

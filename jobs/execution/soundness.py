@@ -33,10 +33,10 @@ def check_weights(source: ModelSource, workspace: Workspace, progress: Progress)
     place = workspace.cache_dir / _FOLDER / f"{source.digest}.json"
     if place.is_file():
         return
-    files = sorted(set(source.weight_files.values()))
+    files = sorted(set(source.stored_files.values()))
     with progress("checking weights", len(files)) as advance:
         for file in files:
-            names = [name for name, holder in source.weight_files.items() if holder == file]
+            names = [name for name, holder in source.stored_files.items() if holder == file]
             with safe_open(source.directory / file, framework="pt") as handle:
                 for name in names:
                     _check(handle.get_slice(name), name, f"{source.directory / file}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint
 from algorithms.formats.pruned.stock import stock_config
 from algorithms.formats.pruned.structure import linear_shapes, padded, structure_of, with_biases
-from algorithms.modeling.architecture import is_known
+from algorithms.modeling.families.table import is_known
 from algorithms.modeling.on_demand import folder_on_demand
 from algorithms.modeling.source import ModelSource
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from algorithms.base import Artifact, CompressionAlgorithm, StageContext, StageSpec, TokenRequest
+from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.formats.aqlm import packed_linears
 from algorithms.modeling.source import ModelSource
 from algorithms.quantization.aqlm import stages
@@ -155,10 +156,8 @@ def check_shapes(source: ModelSource, *, in_group: int, out_group: int) -> None:
     Raises:
         ValueError: lists all that are not.
     """
-    block = source.block_skeleton()
     wrong = []
-    for name in source.architecture.linears:
-        rows, columns = block.get_submodule(name).weight.shape
+    for name, (rows, columns) in linear_shapes(source).items():
         if rows % out_group or columns % in_group:
             wrong.append(f"{name} [{rows}, {columns}]")
     if wrong:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from algorithms.modeling.architecture import architecture_for
+from algorithms.modeling.families.table import architecture_for
 from algorithms.modeling.source import ModelSource
 from tests.support.models import FAMILIES, save_family
 

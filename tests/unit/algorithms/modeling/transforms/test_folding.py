@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from algorithms.modeling.activations import embed
-from algorithms.modeling.architecture import architecture_for
+from algorithms.modeling.families.table import architecture_for
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.folding import can_fold, feeder_rows, fold, group_of, shared
 from tests.support.models import FAMILIES, save_family, token_sequences

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from algorithms.modeling.architecture import architecture_for
+from algorithms.modeling.families.table import architecture_for
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.narrowing import Kept, narrow, query_channels, widths
 from tests.support.models import FAMILIES, confident, save_family, token_sequences

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from algorithms.modeling import source as source_module
 from algorithms.modeling.activations import embed
-from algorithms.modeling.architecture import architecture_for
+from algorithms.modeling.families.table import architecture_for
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.rotation import RotatedSource
 from algorithms.numerics.activations.hadamard import hadamard
@@ -201,7 +201,7 @@ def test_a_model_of_another_plan_is_refused_with_the_reason(tmp_path, monkeypatc
 def test_a_row_of_another_plan_is_refused_with_the_reason(tmp_path, monkeypatch, changes, reason):
     original = ModelSource(save_family(tmp_path / "m", "llama"))
     row = replace(architecture_for("llama"), **changes)
-    monkeypatch.setattr(source_module, "architecture_for", lambda model_type: row)
+    monkeypatch.setattr(source_module, "architecture_for", lambda model_type, config: row)
     with pytest.raises(ValueError, match=reason):
         RotatedSource(original)
 

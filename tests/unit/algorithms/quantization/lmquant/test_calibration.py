@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from algorithms.modeling.architecture import architecture_for
+from algorithms.modeling.families.table import architecture_for
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.grids.nearest_codes import nearest_codes
 from algorithms.numerics.grids.progressive_grid import fit_progressive

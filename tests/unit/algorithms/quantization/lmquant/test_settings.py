@@ -2,7 +2,7 @@
 
 import pytest
 
-from algorithms.modeling.architecture import architecture_for
+from algorithms.modeling.families.table import architecture_for
 from algorithms.quantization.lmquant.quant_config import Quant
 from algorithms.quantization.lmquant.settings import RangeSearch, candidates, resolve, role_of
 from tests.support.models import FAMILIES

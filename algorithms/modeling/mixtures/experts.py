@@ -1,0 +1,94 @@
+"""The experts of a mixture as modules of their own, each with its linears.
+
+transformers keeps all experts of a block in two tensors with a dimension for the experts, [E, 2 F, H] for gates and ups and
+[E, H, F] for downs. Methods compress matrices, and files have one a matrix; so here every expert is a module, its matrices are
+linears, and what they compute together is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.modeling.mixtures.pacing import pause
+
+
+class Expert(nn.Module):
+    """One gated MLP: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, neurons: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, neurons, bias=False, device="meta")
+        self.up_proj = nn.Linear(hidden, neurons, bias=False, device="meta")
+        self.down_proj = nn.Linear(neurons, hidden, bias=False, device="meta")
+        self.act_fn = activation
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Tokens [n, H] to [n, H]."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Experts(nn.ModuleList):
+    """All experts of a block.
+
+    Attributes:
+        everywhere: numbers of experts that compute all tokens, of which the routed ones count: so that who gathers
+            statistics of an expert that is given few tokens sees more.
+        in_step: whether every expert is called, be it for no token, and forwards on their way halt before each
+            (:mod:`algorithms.modeling.mixtures.pacing`), so that one expert's weights are needed at a time.
+    """
+
+    def __init__(self, experts: list[Expert]) -> None:
+        super().__init__(experts)
+        self.everywhere: frozenset[int] = frozenset()
+        self.in_step = False
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Tokens [n, H] to [n, H]: for each token the sum over its chosen experts [n, k], times their weights [n, k]."""
+        total = torch.zeros_like(hidden)
+        for number, expert in enumerate(self):
+            tokens, places = torch.where(chosen == number)
+            if not tokens.numel() and not self.in_step:
+                continue
+            if self.in_step:
+                pause()
+            outputs = expert(hidden)[tokens] if number in self.everywhere else expert(hidden[tokens])
+            total.index_add_(0, tokens, (outputs * weights[tokens, places, None]).to(total.dtype))
+        return total
+
+
+@contextmanager
+def in_step(block: nn.Module) -> Iterator[None]:
+    """Within, the experts of a block are all called, one after the other over all forwards on their way."""
+    mixtures = [module for module in block.modules() if isinstance(module, Experts)]
+    for module in mixtures:
+        module.in_step = True
+    try:
+        yield
+    finally:
+        for module in mixtures:
+            module.in_step = False
+
+
+def separate_experts(model: nn.Module) -> None:
+    """Put :class:`Experts`, on the meta device, in the place of every module that holds gated experts in two tensors."""
+    found = [(name, module) for name, module in model.named_modules() if _is_fused(module)]
+    for name, module in found:
+        count, hidden, neurons = module.down_proj.shape
+        model.set_submodule(name, Experts([Expert(hidden, neurons, module.act_fn) for _ in range(count)]))
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module has experts [E, 2 F, H] and [E, H, F], without biases, gates above ups, as nearly all families do."""
+    both, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not isinstance(both, nn.Parameter) or not isinstance(down, nn.Parameter) or both.ndim != 3 or down.ndim != 3:
+        return False
+    count, hidden, neurons = down.shape
+    plain = {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+    # A family with another product of gate and up has a method for it; transformers' own stand-in is the plain one.
+    gate = getattr(type(module), "_apply_gate", None)
+    ordinary = gate is None or gate.__name__ == "_default_apply_gate"
+    return plain and ordinary and hasattr(module, "act_fn") and both.shape == (count, 2 * neurons, hidden)
