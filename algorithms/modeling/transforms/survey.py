@@ -60,7 +60,7 @@ def survey(
             sampled = [largest.new_empty(0, widths[leader], dtype=torch.float32)]
             for batch in walk.next_stop():
                 statistics.update(batch)
-                tokens = batch.flatten(0, 1)
+                tokens = batch.flatten(0, -2)
                 tokens = tokens[is_usable(tokens.float())]
                 sizes += tokens.abs().sum(0, dtype=torch.float64)
                 if tokens.shape[0]:
