@@ -67,6 +67,6 @@ def _write_aqlm(calibrated: Calibrated, directory: Path, config: CalibrationConf
         num_codebooks=config.num_codebooks,
         bits=config.bits_per_codebook,
         group_shape=(config.out_group_size, config.in_group_size),
-        kept_modules=(calibrated.source.architecture.head,),
+        kept_modules=kept_linears(calibrated.source),
     )
     write_checkpoint(calibrated, directory, dict, settings)

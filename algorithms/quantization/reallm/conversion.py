@@ -32,5 +32,5 @@ def read_export(directory: Path) -> nn.Module:
 
 
 def _write_packed(calibrated: Calibrated, directory: Path, kind: str) -> None:
-    settings = quantization_config(kind=kind, kept_modules=(calibrated.source.architecture.head,))
+    settings = quantization_config(kind=kind, kept_modules=kept_linears(calibrated.source))
     write_checkpoint(calibrated, directory, dict, settings)
