@@ -12,6 +12,7 @@ from algorithms.base import Artifact, StageContext
 from algorithms.blockwise import stages as blockwise
 from algorithms.formats.aqlm import dense_state, quantization_config
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
+from algorithms.modeling.families.kept import kept_linears
 from algorithms.quantization.aqlm.calibration import AqlmCompressor
 from algorithms.quantization.aqlm.config import CalibrationConfig
 

@@ -12,6 +12,7 @@ from algorithms.blockwise.stages import Exporter, open_checkpoint
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
 from algorithms.formats.reallm.packed import LAYOUT, quantization_config
 from algorithms.formats.reallm.peft import write_peft
+from algorithms.modeling.families.kept import kept_linears
 
 FORMATS = ("dense", "reallm", "peft")
 DENSE, PACKED, PEFT = FORMATS
