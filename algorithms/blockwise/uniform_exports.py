@@ -17,6 +17,7 @@ from algorithms.formats import awq, compressed_tensors, gptq, uniform
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
 from algorithms.formats.gguf import file as gguf
 from algorithms.modeling.companions import copy_companions
+from algorithms.modeling.families.kept import kept_linears
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.uniform import UniformCodes
 
@@ -154,7 +155,7 @@ def _write_compressed_tensors(calibrated: Calibrated, directory: Path, setting: 
     settings = compressed_tensors.quantization_config(
         bits=setting.bits,
         group_size=setting.group_size,
-        kept_modules=(calibrated.source.architecture.head,),
+        kept_modules=kept_linears(calibrated.source),
         activation_bits=setting.activation_bits,
     )
     write_checkpoint(calibrated, directory, partial(_repacked, pack=compressed_tensors.pack), settings)
@@ -166,7 +167,7 @@ def _write_gptq(calibrated: Calibrated, directory: Path, setting: Setting) -> No
         group_size=setting.group_size,
         symmetric=setting.symmetric,
         column_groups=setting.has_column_groups,
-        kept_modules=(calibrated.source.architecture.head,),
+        kept_modules=kept_linears(calibrated.source),
     )
     write_checkpoint(calibrated, directory, partial(_repacked, pack=gptq.pack), settings)
 
@@ -176,7 +177,7 @@ def _write_auto_round(calibrated: Calibrated, directory: Path, setting: Setting)
         bits=setting.bits,
         group_size=setting.group_size,
         symmetric=setting.symmetric,
-        kept_modules=(calibrated.source.architecture.head,),
+        kept_modules=kept_linears(calibrated.source),
     )
     pack = partial(gptq.pack, zero_offset=gptq.auto_round_zero_offset(setting.symmetric))
     write_checkpoint(calibrated, directory, partial(_repacked, pack=pack), settings)
@@ -187,7 +188,7 @@ def _write_awq(calibrated: Calibrated, directory: Path, setting: Setting) -> Non
         bits=setting.bits,
         group_size=setting.group_size,
         version=setting.awq_version,
-        kept_modules=(calibrated.source.architecture.head,),
+        kept_modules=kept_linears(calibrated.source),
     )
     pack = partial(awq.pack, version=setting.awq_version)
     write_checkpoint(calibrated, directory, partial(_repacked, pack=pack), settings)

@@ -40,7 +40,14 @@ class _Recorder(nn.Module):
         self._calls.append(BlockCall(hidden_states=hidden_states, args=args, kwargs=kwargs))
         if self._stop:
             raise _LastBlockReached
-        return hidden_states
+        return hidden_states.as_subclass(_Passed)
+
+
+class _Passed(Tensor):
+    """What a block gives, to a model that takes it for the hidden states as to one that takes the first of a tuple."""
+
+    def __getitem__(self, place: Any) -> Tensor:  # noqa: ANN401 - any index of a tensor
+        return self if isinstance(place, int) and place == 0 else super().__getitem__(place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,7 @@ class BlockArguments:
         """Output [b, length, hidden] of block ``index`` for hidden_states [b, length, hidden]."""
         call = self._calls[hidden_states.shape[1]][index]
         output = block(hidden_states, *call.args, **call.kwargs)
-        # transformers 4 blocks return a tuple, transformers 5 blocks a tensor.
+        # Blocks of transformers 4 return a tuple, those of transformers 5 a tensor, a few (Falcon's) still a tuple.
         return output[0] if isinstance(output, tuple) else output
 
 

@@ -33,17 +33,17 @@ class ModelArchitecture:
     ``input_groups`` are the linears of one block that are compressed; those in the same tuple read the same input. All else in
     a block stays: norms, routers, and linears that are not listed. A block need not have all of them: see :meth:`groups_in`.
     ``head`` is the output projection, which stays uncompressed (and may be tied to the embeddings). The outputs of
-    ``residual_writers`` are added to the residual stream as they are, or times the value that config.json has for
+    ``residual_writers`` are added to the residual stream as they are, or times the number that a block has under the name
     ``residual_multiplier``.
 
     Where a factor for each input channel of a group can be moved, by the group's first linear: ``input_norms`` have the norm
     whose output the group reads, ``feeders`` the linear whose output rows become its input channels through nothing but
-    products with other values. Where an attention head's values serve several query heads, one row feeds several channels;
-    where the products are with the outputs of a further linear, row by row, that is in ``gates``. A linear in ``fused`` holds
-    several in one, one below the other; of such a feeder, the last are the rows meant, of such a gate the first.
+    products with other values, or ReLU. Where an attention head's values serve several query heads, one row feeds several
+    channels; where the products are with the outputs of a further linear, row by row, that is in ``gates``. A linear in
+    ``fused`` holds several, one below the other; of such a feeder, the last are the rows meant, of such a gate the first.
     Norms multiply by their weight plus ``norm_offset``. ``attention`` is the module that holds queries, keys and values, in
-    ``qkv`` their linears (none where the family mixes their rows); ``qk_norms`` are norms of each head's queries and keys,
-    behind their linears.
+    ``qkv`` their linears (three times the same where it is fused, none where the family mixes their rows); ``qk_norms`` are
+    norms of each head's queries and keys, behind their linears; with ``norms_all_heads``, such norms are over all heads.
 
     ``experts`` is the module of a block's mixture whose children are experts. ``stored_names`` are pairs of a part of a
     tensor's name in files of the family, and what the model has there. A row counts for models whose config.json has the
@@ -67,6 +67,7 @@ class ModelArchitecture:
     attention: str = "self_attn"
     qkv: tuple[str, str, str] | None = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     qk_norms: tuple[str, str] | None = None
+    norms_all_heads: bool = False
     experts: str | None = None
     stored_names: tuple[tuple[str, str], ...] = ()
 

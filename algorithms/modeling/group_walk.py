@@ -69,7 +69,9 @@ class GroupWalk:
         self._writers = () if reference is None else writers
         self._is_behind_writer = False
         self._current, self._reference = current, reference
-        self._distances = _Distances(current, reference) if reference is not None and writers else None
+        name = architecture.residual_multiplier
+        factor = 1.0 if name is None else float(getattr(block, name))
+        self._distances = _Distances(current, reference, factor) if reference is not None and writers else None
         self._walk = BlockWalk(block, index, current, leaders, on_output=self._subtract)
         self._original = None if reference is None else BlockWalk(original, index, reference, writers, behind=True)
         self._exits = ExitStack()
@@ -133,29 +135,34 @@ class GroupWalk:
 
 
 class _Distances:
-    """Residual stream of the original model minus that of the compressed one, batch by batch, at one point of a block."""
+    """Residual stream of the original model minus that of the compressed one, batch by batch, at one point of a block.
 
-    def __init__(self, current: Activations, reference: Activations) -> None:
-        self._current, self._reference = current, reference
+    Outputs of linears come to the stream times ``factor``.
+    """
+
+    def __init__(self, current: Activations, reference: Activations, factor: float) -> None:
+        self._current, self._reference, self._factor = current, reference, factor
         self._kept: dict[int, Tensor] = {}
 
     def __contains__(self, place: int) -> bool:
         return place in self._kept
 
     def add(self, place: int, output: Tensor) -> Tensor:
-        """The original stream moves on by a linear's output; returns the distance [b, length, hidden] as it is then."""
+        """The original stream moves on by a linear's output; returns the output [b, length, hidden] that joins both."""
         if place not in self._kept:
             original = self._reference.compute(self._reference.batches[place])
             distance = original - self._current.compute(self._current.batches[place])
         else:
             distance = self._kept[place].to(output.device)
-        distance = distance + output
+        # Some models put all tokens of a batch behind one another.
+        distance = distance + self._factor * output.view_as(distance)
         self._keep(place, distance)
-        return distance
+        return distance / self._factor
 
     def subtract(self, place: int, output: Tensor) -> None:
         """The compressed stream has followed by its own output of that linear."""
-        self._keep(place, self._kept[place].to(output.device) - output)
+        before = self._kept[place].to(output.device)
+        self._keep(place, before - self._factor * output.view_as(before))
 
     @torch.no_grad()
     def _keep(self, place: int, distance: Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from algorithms.blockwise.stages import write_outside
 from algorithms.modeling.block_store import BlockStore
@@ -42,12 +42,17 @@ def save_family(
         tie_word_embeddings=tied,
         **changes,
     )
+    return save_random(folder, config)
+
+
+def save_random(folder: Path, config: PretrainedConfig) -> Path:
+    """A randomly initialised model of a configuration, float32, and the byte model's tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             # Initialisation leaves biases at zero and norms at one, where a mistake with them would not show.
-            if name.endswith("bias") or "norm" in name:
+            if name.endswith("bias") or "norm" in name or ".ln_" in name:
                 parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     save_tokenizer(folder)

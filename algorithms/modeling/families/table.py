@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from algorithms.modeling.architecture import LLAMA_FEEDERS, LLAMA_GATES, LLAMA_GROUPS, LLAMA_NORMS, ModelArchitecture
+from algorithms.modeling.families.dense import DENSE_ROWS
 
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _ATTENTION_GROUPS, _MLP_GROUPS = LLAMA_GROUPS[:2], LLAMA_GROUPS[2:]
@@ -38,6 +39,7 @@ ROWS = (
     ModelArchitecture(model_type="qwen2"),
     ModelArchitecture(model_type="qwen3", qk_norms=_QK_NORMS),
     ModelArchitecture(model_type="gemma", norm_offset=1.0),
+    *DENSE_ROWS,
     _mixture(
         "mixtral",
         stored_names=(
@@ -65,8 +67,7 @@ ROWS = (
         gates={**LLAMA_GATES, **_EXPERT_GATES},
         qk_norms=_QK_NORMS,
     ),
-    # Its norms of queries and keys are over all heads together.
-    _mixture("olmoe"),
+    _mixture("olmoe", norms_all_heads=True),
 )
 
 

@@ -23,18 +23,21 @@ def group_of(architecture: ModelArchitecture, leader: str) -> tuple[str, ...]:
 def feeder_rows(block: nn.Module, architecture: ModelArchitecture, leader: str) -> Tensor:
     """The feeder's output row behind each input channel of a group, [I] int64.
 
-    Where a head's values serve several query heads, their channels have the same rows.
+    Where a head's values serve several query heads, their channels have the same rows. Of a fused feeder, the last rows count:
+    the values behind queries and keys, or the ups behind the gates.
 
     Raises:
         ValueError: the rows of the feeder do not divide the channels.
     """
-    rows = block.get_submodule(architecture.feeders[leader]).weight.shape[0]
+    feeder = architecture.feeders[leader]
+    held = block.get_submodule(feeder).weight.shape[0]
     channels = block.get_submodule(leader).weight.shape[1]
+    rows = held
+    if feeder in architecture.fused:  # queries have a row for each channel, keys as many rows as values; gates as many as ups
+        rows = (held - channels) // 2 if architecture.qkv is not None and feeder == architecture.qkv[2] else held // 2
     if channels % rows:
-        raise ValueError(
-            f"{leader} reads {channels} channels, of which {rows} rows of {architecture.feeders[leader]} are no part"
-        )
-    places = torch.arange(rows)
+        raise ValueError(f"{leader} reads {channels} channels, of which {rows} rows of {feeder} are no part")
+    places = torch.arange(held - rows, held)
     if channels == rows:
         return places
     width = block.get_submodule(architecture.attention).head_dim

@@ -12,6 +12,7 @@ from algorithms.base import Artifact, StageContext
 from algorithms.blockwise import stages as blockwise
 from algorithms.formats.aqlm import dense_state, quantization_config
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
+from algorithms.modeling.families.kept import kept_linears
 from algorithms.quantization.aqlm.calibration import AqlmCompressor
 from algorithms.quantization.aqlm.config import CalibrationConfig
 
@@ -68,6 +69,6 @@ def _write_aqlm(calibrated: Calibrated, directory: Path, config: CalibrationConf
         num_codebooks=config.num_codebooks,
         bits=config.bits_per_codebook,
         group_shape=(config.out_group_size, config.in_group_size),
-        kept_modules=(calibrated.source.architecture.head,),
+        kept_modules=kept_linears(calibrated.source),
     )
     write_checkpoint(calibrated, directory, dict, settings)

@@ -12,6 +12,7 @@ from algorithms.blockwise.stages import Exporter, open_checkpoint
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
 from algorithms.formats.reallm.packed import LAYOUT, quantization_config
 from algorithms.formats.reallm.peft import write_peft
+from algorithms.modeling.families.kept import kept_linears
 
 FORMATS = ("dense", "reallm", "peft")
 DENSE, PACKED, PEFT = FORMATS
@@ -32,5 +33,5 @@ def read_export(directory: Path) -> nn.Module:
 
 
 def _write_packed(calibrated: Calibrated, directory: Path, kind: str) -> None:
-    settings = quantization_config(kind=kind, kept_modules=(calibrated.source.architecture.head,))
+    settings = quantization_config(kind=kind, kept_modules=kept_linears(calibrated.source))
     write_checkpoint(calibrated, directory, dict, settings)

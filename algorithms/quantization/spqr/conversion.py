@@ -16,6 +16,7 @@ from algorithms.formats import compressed_tensors, gptq
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
 from algorithms.formats.spqr import packed as spqr
 from algorithms.formats.spqr import tiles as spqr_tiles
+from algorithms.modeling.families.kept import kept_linears
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.sparse_quantized import SparseQuantized
 from algorithms.quantization.spqr.config import SpqrConfig
@@ -106,7 +107,7 @@ def _repacked(tensors: Mapping[str, Tensor], pack: Callable[[SparseQuantized, st
 
 def _write_packed(calibrated: Calibrated, directory: Path, config: SpqrConfig) -> None:
     settings = spqr.quantization_config(
-        bits=config.bits, group_size=config.group_size, kept_modules=(calibrated.source.architecture.head,)
+        bits=config.bits, group_size=config.group_size, kept_modules=kept_linears(calibrated.source)
     )
     write_checkpoint(calibrated, directory, dict, settings)
 
@@ -118,7 +119,7 @@ def _write_tiles(calibrated: Calibrated, directory: Path) -> None:
         for linear in spqr.packed_linears(list(tensors)):
             tiles = spqr_tiles.pack(spqr.unpack(tensors, linear), linear)
             packed |= {prefix + name: tensor.to("meta") for name, tensor in tiles.items()}
-    settings = spqr_tiles.quantization_config(tensors=packed, kept_modules=(calibrated.source.architecture.head,))
+    settings = spqr_tiles.quantization_config(tensors=packed, kept_modules=kept_linears(calibrated.source))
     write_checkpoint(calibrated, directory, partial(_repacked, pack=spqr_tiles.pack), settings)
 
 
@@ -138,7 +139,7 @@ def _read_tiles(directory: Path) -> nn.Module:
 
 
 def _write_plain(calibrated: Calibrated, directory: Path, name: str, config: SpqrConfig) -> None:
-    setting, kept = _setting(config), (calibrated.source.architecture.head,)
+    setting, kept = _setting(config), kept_linears(calibrated.source)
     if name == "compressed-tensors":
         settings = compressed_tensors.quantization_config(bits=setting.bits, group_size=setting.group_size, kept_modules=kept)
         pack: Callable[..., Mapping[str, Tensor]] = compressed_tensors.pack
