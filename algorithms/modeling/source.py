@@ -6,15 +6,17 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -71,6 +73,20 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if outside:
         raise ModelError(f"MODEL: {index} names {outside[0]!r}, which is no file of its folder. Do not use this model.")
     return files
+
+
+class _WithoutStorage(TorchFunctionMode):
+    """Within, ``torch.empty``, which parameters are made of, gives shapes alone: all experts of a block are its memory.
+
+    Buffers, which are made of values, stay what they are.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - whatever any function of torch returns
+        """See :class:`torch.overrides.TorchFunctionMode`."""
+        given = kwargs or {}
+        return func(*args, **{**given, "device": "meta"} if func is torch.empty else given)
 
 
 def _move(module: nn.Module, device: torch.device | str) -> None:
@@ -248,7 +264,7 @@ class ModelSource:
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _WithoutStorage():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
             )
