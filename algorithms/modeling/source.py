@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from algorithms.modeling.architecture import ModelArchitecture
+from algorithms.modeling.families.inspection import Inspection, InspectionError, inspect_family
 from algorithms.modeling.families.stored_names import StoredTensor, stored_name, stored_tensors
-from algorithms.modeling.families.table import architecture_for
+from algorithms.modeling.families.table import architecture_for, is_known
 from algorithms.modeling.files import file_digest, fingerprint
 from algorithms.modeling.mixtures.experts import separate_experts
 
@@ -120,13 +121,35 @@ class ModelSource:
 
     @cached_property
     def architecture(self) -> ModelArchitecture:
-        """The row of the architecture table that describes this model.
+        """The row of the architecture table that describes this model; for a family without one, what inspection finds.
 
         Raises:
-            ModelError: a family that the table does not know.
+            ModelError: a family that the table does not know and whose blocks cannot be walked.
         """
-        row = architecture_for(self.config.model_type, self.config)
+        row = self._row
         return row if row.experts is None else row.resolved(self._template.get_submodule(row.blocks).children())
+
+    @cached_property
+    def _row(self) -> ModelArchitecture:
+        if is_known(self.config.model_type):
+            return architecture_for(self.config.model_type, self.config)
+        found = self.inspection
+        logger.warning("%s: %s", self.name, found.warning())
+        return found.architecture
+
+    @cached_property
+    def inspection(self) -> Inspection:
+        """What a look at the model finds, whether the table knows its family or not.
+
+        Raises:
+            ModelError: its blocks cannot be walked.
+        """
+        try:
+            return inspect_family(
+                self.config, trust_remote_code=self.trust_remote_code, attn_implementation=self.attn_implementation
+            )
+        except InspectionError as error:
+            raise ModelError(str(error)) from error
 
     @property
     def num_blocks(self) -> int:
@@ -149,8 +172,7 @@ class ModelSource:
 
     @cached_property
     def _places(self) -> Mapping[str, StoredTensor]:
-        row = architecture_for(self.config.model_type, self.config)
-        return stored_tensors(self.stored_files, row, self._stored_shape)
+        return stored_tensors(self.stored_files, self._row, self._stored_shape)
 
     def _stored_shape(self, stored: str) -> Sequence[int]:
         with _opened(self.directory / self.stored_files[stored]) as handle:
