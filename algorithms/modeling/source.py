@@ -364,6 +364,8 @@ class ModelSource:
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, tied_to: str | None = None) -> None:
         stored = tied_to or prefix
         names = [f"{stored}{name}" for name, _ in module.named_parameters(recurse=True)]
+        buffers = [f"{stored}{name}" for name in module.state_dict() if f"{stored}{name}" not in names]
+        names += [name for name in buffers if name in self._places]  # what a family keeps in checkpoints is no parameter alone
         state = {name.removeprefix(stored): tensor for name, tensor in self.tensors(names, dtype).items()}
         for name, tensor in state.items():
             if not torch.isfinite(tensor).all():
