@@ -184,12 +184,14 @@ def _trace_one(model: nn.Module, block: nn.Module) -> tuple[Call, ...]:
     def _halt(module: nn.Module, args: object, output: object) -> None:
         raise _Stop
 
-    block.register_forward_hook(_halt)
+    halt = block.register_forward_hook(_halt)
     try:
         with torch.no_grad():
             model(input_ids=torch.arange(TOKENS)[None], use_cache=False)
     except _Stop:
         pass
+    finally:
+        halt.remove()  # later blocks are reached through this one
     block.to("meta")
     return tuple(notes.calls[0])
 
