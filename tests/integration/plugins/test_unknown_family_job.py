@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.integration.plugins.test_codes_job import ENVIRONMENT, ROOT
-from tests.support.strangers import save_stranger, stranger
+from tests.support.families.strangers import save_stranger, stranger
 
 EXAMPLES = {"RTN": "rtn_quantization", "GPTQ": "gptq_quantization", "AutoAWQ": "awq_quantization"}
 

@@ -8,7 +8,7 @@ from algorithms.modeling.families.overview import overview
 from algorithms.modeling.families.table import known_families
 from algorithms.modeling.source import ModelSource
 from configs.errors import ExitCode
-from tests.support.strangers import stranger_config
+from tests.support.families.strangers import stranger_config
 
 
 @pytest.mark.parametrize("family", [*known_families(), "glm", "glm4_moe"])

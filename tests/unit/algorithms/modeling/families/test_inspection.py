@@ -5,16 +5,20 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from algorithms.modeling.families import tracing
 from algorithms.modeling.families.inspection import InspectionError, inspect_family
 from algorithms.modeling.families.merging import merged_groups
 from algorithms.modeling.families.tracing import UnsuitableBlocksError
+from algorithms.modeling.on_demand import shelf_of
 from algorithms.modeling.source import ModelError, ModelSource
+from algorithms.registry import algorithm_class, config_class
+from jobs.execution.collaborators import open_source
 from tests.support.byte_model import VOCABULARY
-from tests.support.strangers import CHANGES, save_stranger, stranger_config
+from tests.support.families.strangers import CHANGES, save_stranger, stranger_config
 
 FAMILIES = tuple(CHANGES)
 
@@ -133,3 +137,28 @@ def test_blocks_of_two_kinds_share_one_list():
     assert merged_groups([{"a": "a", "c": "c", "b": "a"}, {"c": "c", "b": "b"}]) == (("a",), ("c",), ("b",))
     with pytest.raises(UnsuitableBlocksError, match="different orders"):
         merged_groups([{"a": "a", "b": "b"}, {"b": "b", "a": "a"}])
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "olmo"])
+def test_the_model_as_it_stands_is_computed_block_by_block(tmp_path, family):
+    folder = save_stranger(tmp_path / "m", family)
+    (file,) = folder.glob("*.safetensors")
+    stored = load_file(file)
+    for name, tensor in stored.items():
+        if "correction_bias" in name:  # a buffer, which checkpoints have, and zero in a fresh model
+            tensor += torch.tensor([3.0, -3.0, 1.0, 0.0])
+    save_file(stored, file, metadata={"format": "pt"})
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        ours = open_source(ModelSource(folder))
+        assert shelf_of(ours) is not None
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("algorithm", "why"), [("FlapPruner", "heads and neurons"), ("LMQuant", "queries, keys and values")])
+def test_what_needs_to_know_more_refuses(tmp_path, algorithm, why):
+    stranger_config("glm").save_pretrained(tmp_path)
+    plugin = algorithm_class(algorithm)(config_class(algorithm)())
+    with pytest.raises(ValueError, match=why):
+        plugin.preflight(ModelSource(tmp_path), ("calibration", "ranking", "pruning"))
