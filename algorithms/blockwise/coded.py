@@ -16,7 +16,7 @@ from algorithms.finetuning.config import BlockTuningKeys
 from algorithms.finetuning.learned_rounding import tune_rounding
 from algorithms.finetuning.tunable import TunableLinear
 from algorithms.formats.checkpoint import DenseState
-from algorithms.formats.storage import to_storage
+from algorithms.formats.storage import in_storage
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_loop import BlockData
@@ -233,9 +233,7 @@ class CodedCompressor(Generic[Weight]):
         finished = {name: module for name, module in block.named_modules() if isinstance(module, _Finished)}
         for name in finished:
             tensors |= self._packed.pop(name, None) or self._method.pack(self._stored[name], name)
-        for name, parameter in block.named_parameters():
-            if name.removesuffix(".weight") not in finished:
-                tensors[name] = to_storage(parameter.detach(), name)
+        tensors |= in_storage(block, {f"{name}.weight" for name in finished})
         self.restore_block(block, tensors)
         return tensors
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from greenlet import getcurrent
@@ -42,6 +42,12 @@ class _Gate(nn.Module):
         self.module = module
         self._before = before
         self._after = after
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - blocks of some families ask a linear for its weight's type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [..., in_features] to [..., out_features]."""

@@ -58,6 +58,11 @@ class FlapPruner(CompressionAlgorithm):
                 f"{key}.start_pruning_layer_idx: {config.start_pruning_layer_idx} leaves nothing to prune; blocks are numbered "
                 f"from 0, and the last of this model's is {source.num_blocks - 1}."
             )
+        if source.architecture.is_inspected:
+            raise ValueError(
+                f"{key}: where {source.architecture.model_type} has heads and neurons is not known; FLAP needs a row of the "
+                "architecture table (algorithms/modeling/families/table.py)."
+            )
         missing = [name for name in ("feeders", "gates") if not vars(source.architecture)[name]]
         if missing:
             raise ValueError(f"{key}: {source.architecture.model_type} has no gated feed-forward part, which FLAP prunes.")

@@ -45,6 +45,11 @@ class Lmquant(CompressionAlgorithm):
             ValueError: what is wrong, and which key to change.
         """
         weights = self._settings.weights
+        if source.architecture.qkv is None:
+            raise ValueError(
+                f"llm.LMQuant: which linears make queries, keys and values is not known for {source.config.model_type}. Choose "
+                "another algorithm, or add a row to algorithms/modeling/families/table.py."
+            )
         if "calibration" in stages:
             if weights is not None:
                 check_groups(source, weights.group_size, "llm.LMQuant.quant.wgts.group_shapes")
