@@ -41,7 +41,10 @@ CHANGES = {
 
 def stranger_config(model_type: str) -> PretrainedConfig:
     """Two blocks, 32 wide; mixtures have four experts, and a first block without."""
-    return AutoConfig.for_model(model_type, **{**_COMMON, **CHANGES.get(model_type, {})})
+    settings = {**_COMMON, **CHANGES.get(model_type, {})}
+    if model_type == "falcon":
+        settings.pop("head_dim")  # follows from the others there
+    return AutoConfig.for_model(model_type, **settings)
 
 
 def stranger(model_type: str) -> PreTrainedModel:
