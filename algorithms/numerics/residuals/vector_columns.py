@@ -17,7 +17,7 @@ from algorithms.numerics.codebooks.additive import CodewordScatter
 from algorithms.numerics.codebooks.nearest import lowest_score
 from algorithms.numerics.column_sweep import Factor, refine, sweep
 
-_SMALLEST = 1e-12
+SMALLEST = 1e-12  # below which a scale counts as zero
 _SOLVER_ITERATIONS = 8
 # Past this drop of the preconditioned residual (squared), float32 rounding steers the iteration, and it can diverge.
 _EXHAUSTED = 1e-9
@@ -50,7 +50,7 @@ class VectorColumns:
         """The column [O] by its nearest codewords."""
         scales = self.scales[place][:, None]
         # A scale of zero makes any codeword zero.
-        vectors = column.view(-1, self.book.shape[1]) / torch.where(scales.abs() < _SMALLEST, _SMALLEST, scales)
+        vectors = column.view(-1, self.book.shape[1]) / torch.where(scales.abs() < SMALLEST, SMALLEST, scales)
         codes = lowest_score(vectors, self.book, self.book.square().sum(1))[1]
         self.codes[place] = codes
         return (self.book[codes] * scales).view(-1)
@@ -93,7 +93,7 @@ class Problem:
 
         error = self.columns - quantizer.values()
         energy = (scales.square() * hessian.diagonal()[:, None]).reshape(-1, 1)
-        weights = scatter(energy).clamp(min=_SMALLEST)
+        weights = scatter(energy).clamp(min=SMALLEST)
         solution, residual = quantizer.book, _adjoint(hessian @ error)
         direction = preconditioned = residual / weights
         power = torch.sum(residual * preconditioned)

@@ -14,11 +14,12 @@ from algorithms.blockwise.pipeline import BITS
 from algorithms.formats.reallm.packed import LAYOUT
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
-from algorithms.quantization.reallm import global_tuning, survey
+from algorithms.quantization.reallm import global_tuning
 from algorithms.quantization.reallm.calibration import CALIBRATED, NAME, TUNED, ShapeOf, fit_blocks
 from algorithms.quantization.reallm.config import BLOC, CALIBRATION, CONVERSION, GLOBAL, SURVEY, ReallmConfig
 from algorithms.quantization.reallm.conversion import FORMATS, PACKED, PEFT, exporters, read_export
 from algorithms.quantization.reallm.shapes import SHAPES, check_decoders, place, read_shapes, uniform_shape
+from algorithms.quantization.reallm.survey import stage as survey
 
 logger = logging.getLogger(__name__)
 
