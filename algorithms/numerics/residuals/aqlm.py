@@ -69,12 +69,13 @@ class AdditiveCoder:
     """See :class:`algorithms.numerics.residuals.coder.ResidualCoder`.
 
     Args:
-        code_bits: for a group of columns; more than 8 are shared out evenly among several codebooks.
+        code_bits: for a group of columns; more than 8 are shared out evenly among as few codebooks as divide them.
         group_size: columns a group.
     """
 
     def __init__(self, code_bits: int, group_size: int) -> None:
-        num_codebooks = -(-code_bits // _MOST_BITS)
+        fewest = -(-code_bits // _MOST_BITS)
+        num_codebooks = next(count for count in range(fewest, code_bits + 1) if code_bits % count == 0)
         codewords = 1 << (code_bits // num_codebooks)
         self._settings = AdditiveSettings(
             num_codebooks=num_codebooks,

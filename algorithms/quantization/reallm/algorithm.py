@@ -20,6 +20,8 @@ from algorithms.quantization.reallm.config import BLOC, CALIBRATION, CONVERSION,
 from algorithms.quantization.reallm.conversion import FORMATS, PACKED, PEFT, exporters, read_export
 from algorithms.quantization.reallm.shapes import SHAPES, check_decoders, place, read_shapes, uniform_shape
 from algorithms.quantization.reallm.survey import stage as survey
+from algorithms.quantization.reallm.workloads import workloads
+from algorithms.workload import Workload
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,10 @@ class Reallm(CompressionAlgorithm):
             *self._tuning_stages(),
             self._spec(CONVERSION, self._convert, CONVERTED, {"exports": list(self.exports)}, directory="converted"),
         )
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """Of every stage with a text."""
+        return workloads(self._config, source, tokens)
 
     def open(self, artifact: Artifact) -> nn.Module:
         """What a stage after the survey has left, as a float32 model.
