@@ -20,6 +20,7 @@ from algorithms.quantization.reallm.config import BLOC, CALIBRATION, CONVERSION,
 from algorithms.quantization.reallm.conversion import FORMATS, PACKED, PEFT, exporters, read_export
 from algorithms.quantization.reallm.shapes import SHAPES, check_decoders, place, read_shapes, uniform_shape
 from algorithms.quantization.reallm.survey import stage as survey
+from algorithms.quantization.reallm.survey.sizes import check_sizes
 from algorithms.quantization.reallm.workloads import workloads
 from algorithms.workload import Workload
 
@@ -40,17 +41,18 @@ class Reallm(CompressionAlgorithm):
         self._config = config
 
     def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
-        """Refuse bits that hold no decoder, and an adapter where a model should stand.
+        """Refuse bits that hold no decoder or are out of reach, and an adapter where a model should stand.
 
         Raises:
             ValueError: what is wrong, and which key to change.
         """
-        check_decoders(self._config, source)
         if self.exports[0] == PEFT:
             raise ValueError(
                 f"EXPORT: the first format stands in the job folder itself, which has to be a model; peft is an adapter and "
                 f"its base. Write EXPORT: [dense, peft] or [{PACKED}, peft]."
             )
+        check_decoders(self._config, source)
+        check_sizes(self._config, source)
 
     def stages(self) -> Sequence[StageSpec]:
         """In their order."""

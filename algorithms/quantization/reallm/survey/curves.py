@@ -113,16 +113,23 @@ def measure(matrix: Tensor, hessian: Tensor, config: ReallmConfig, where: Sequen
         return sum(stored_bits(weight).values()), error
 
     probe = _PROBE[config.residual]
-    codes = {code: _fit(code, 0) for code in _CODES[config.residual] if code == probe or _pays(code, matrix, config)}
+    tried, known_ranks = surveyed(shape, config)
+    codes = {code: _fit(code, 0) for code in tried}
     start = codes[probe][1]
     ranks = {0: 1.0}
-    for rank in (rank for rank in _RANKS if rank <= min(shape) // 2):
+    for rank in known_ranks:
         share = _fit(probe, rank)[1] / start if start > 0 else 1.0
         ranks[rank] = min(share, ranks[max(ranks)]) if math.isfinite(share) else ranks[max(ranks)]
     return Curves(codes=codes, ranks=ranks, shape=shape), probes[0]
 
 
-def _pays(code: tuple[int, int], matrix: Tensor, config: ReallmConfig) -> bool:
-    """Whether a codebook leaves enough of its bits to the codes to be worth measuring."""
-    bits, bucket = code
-    return config.residual == NF or HALF * bucket << min(bits, _WIDEST_BOOK) < _MOST_BOOK_BITS * matrix.numel()
+def surveyed(shape: tuple[int, int], config: ReallmConfig) -> tuple[list[tuple[int, int]], list[int]]:
+    """The codes and the ranks that are measured of a matrix of ``shape`` (O, I)."""
+    residual, most = config.residual, _MOST_BOOK_BITS * shape[0] * shape[1]
+    codes = [
+        (bits, bucket)
+        for bits, bucket in _CODES[residual]
+        # A codebook has to leave enough of the bits to the codes.
+        if residual == NF or (bits, bucket) == _PROBE[residual] or HALF * bucket << min(bits, _WIDEST_BOOK) < most
+    ]
+    return codes, [rank for rank in _RANKS if rank <= min(shape) // 2]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from algorithms.base import Artifact, StageContext, StageError
+from algorithms.base import Artifact, StageContext
 from algorithms.blockwise.pipeline import linear_shapes
 from algorithms.blockwise.stages import TOKENS_PER_BATCH, read_json
 from algorithms.modeling.activations import Activations, embed
@@ -30,6 +30,7 @@ from algorithms.parallel.ranks import Ranks, share_out
 from algorithms.quantization.reallm.config import ReallmConfig
 from algorithms.quantization.reallm.shapes import Shape, place, write_shapes
 from algorithms.quantization.reallm.survey.curves import Curves, Probe, measure
+from algorithms.quantization.reallm.survey.sizes import refuse_out_of_reach
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ def choose(
     options = {name: found.options(config.low_rank_bits) for name, found in curves.items()}
     counted = [list(found.values()) for found in options.values()]
     least, most = (sum(limit(option.bits for option in found) for found in counted) / parameters for limit in (min, max))
-    if not least <= config.target_bits <= most:
-        raise StageError(f"{_KEY}: {config.target_bits:g} is out of reach; this model takes {least:.2f} to {most:.2f} bits.")
+    refuse_out_of_reach(config.target_bits, least, most)
     places = allocate(counted, int(config.target_bits * parameters))
     shapes = {name: list(found)[chosen] for (name, found), chosen in zip(options.items(), places, strict=True)}
     bits = sum(options[name][shape].bits for name, shape in shapes.items()) / parameters

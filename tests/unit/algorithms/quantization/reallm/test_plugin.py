@@ -159,10 +159,10 @@ def test_bits_are_those_of_the_stored_tensors(tmp_path, tuned):
     assert bits["permutation"] == 16 * 2 * (6 * 32 + 64)
 
 
-def test_what_cannot_be_made_is_refused_before_any_stage():
+def test_what_cannot_be_made_is_refused_before_any_stage(tmp_path):
     with pytest.raises(ValueError, match=r"EXPORT: .*\[dense, peft\]"):
         reallm(("peft",)).preflight(None, ["calibration"])
-    reallm(("dense", "peft")).preflight(None, ["calibration"])
+    reallm(("dense", "peft")).preflight(ModelSource(save_family(tmp_path, "llama")), ["calibration"])
 
 
 @pytest.mark.parametrize("changes", [{"target_bits": 6.0, "residual": "nf"}, TUNED])
