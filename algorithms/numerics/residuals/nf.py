@@ -24,7 +24,7 @@ from algorithms.numerics.residuals.vector_codes import (
     unpacked_codes,
     unpacked_scales,
 )
-from algorithms.numerics.residuals.vector_columns import SMALLEST, Problem, VectorColumns
+from algorithms.numerics.residuals.vector_columns import Problem, VectorColumns
 from algorithms.numerics.residuals.vq import CachedFactor
 from algorithms.numerics.sparse_quantized import Statistics
 
@@ -108,10 +108,9 @@ class TableColumns(VectorColumns):
 
     def requantize(self, place: int, column: Tensor) -> Tensor:
         """The column [O] by its nearest values."""
-        scales = self.scales[place]
-        codes = torch.bucketize(column / torch.where(scales.abs() < SMALLEST, SMALLEST, scales), self._middles)
+        codes = torch.bucketize(column / self._divisors[place], self._middles)
         self.codes[place] = codes
-        return self._values[codes] * scales
+        return self._values[codes] * self._scales[place]
 
 
 class NormalFloatCoder:
