@@ -47,6 +47,7 @@ class VectorColumns:
 
     @book.setter
     def book(self, book: Tensor) -> None:
+        """Other codewords [K, b]."""
         # Columns of small matrices take longer to prepare than to search: what all of them need is kept.
         self._book, self._squares = book, book.square().sum(1)
 
@@ -57,6 +58,7 @@ class VectorColumns:
 
     @scales.setter
     def scales(self, scales: Tensor) -> None:
+        """Other scales [I, n]."""
         # A scale of zero makes any codeword zero.
         self._scales, self._divisors = scales, torch.where(scales.abs() < _SMALLEST, _SMALLEST, scales)
 
