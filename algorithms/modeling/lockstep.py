@@ -20,6 +20,7 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from algorithms.modeling.activations import Activations
+from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.mixtures.deferred import take
 from algorithms.modeling.mixtures.experts import Experts, in_step
 from algorithms.modeling.mixtures.pacing import PacedForward, paced
@@ -139,6 +140,20 @@ class BlockWalk(AbstractContextManager["BlockWalk"]):
             routing = count_routed(experts, self.next_stop(), ranks, floor)
         experts.everywhere = routing.starved
         return routing
+
+    def in_turn(
+        self, groups: Sequence[tuple[str, ...]], architecture: ModelArchitecture, ranks: Ranks, floor: int | None = None
+    ) -> Iterator[tuple[str, ...]]:
+        """Each of a block's ``groups`` when its stop is the next, on the way past a mixture with :meth:`route`.
+
+        The names of the walk are those that :func:`algorithms.modeling.mixtures.routing.stops` gives.
+        """
+        is_routed = False
+        for group in groups:
+            if architecture.experts is not None and architecture.is_expert(group[0]) and not is_routed:
+                self.route(architecture.experts, ranks, floor)
+                is_routed = True
+            yield group
 
     def linear(self, name: str) -> nn.Module:
         """The module that computes a linear now, with its weights; of a mixture, only of the expert where the forwards are."""
