@@ -102,7 +102,7 @@ def choose(
         StageError: the budget is out of reach.
     """
     assert config.target_bits is not None
-    parameters = source.num_blocks * sum(rows * columns for rows, columns in linear_shapes(source).values())
+    parameters = sum(rows * columns for rows, columns in (found.shape for found in curves.values()))
     options = {name: found.options(config.low_rank_bits) for name, found in curves.items()}
     counted = [list(found.values()) for found in options.values()]
     least, most = (sum(limit(option.bits for option in found) for found in counted) / parameters for limit in (min, max))
