@@ -19,6 +19,7 @@ from jobs.command_line.commands import perform
 from jobs.execution.interruption import interruptible
 from jobs.processes.environment import end_with_launcher, is_follower, is_own_rank
 from jobs.reporting.secrets import without_secrets
+from jobs.reporting.streams import write_all
 
 PROGRAM = Path(__file__).resolve()
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None, *, program: Path = PROGRAM) -> ExitC
         code = exit_code(error)
         # How a job on several processes was stopped is told once: by the process that started them, else by rank 0.
         told = code is ExitCode.INTERRUPTED and (is_own_rank() or is_follower())
-        sys.stderr.write("" if told else without_secrets(_last_words(error, argv), os.environ))
+        write_all(sys.stderr, "" if told else without_secrets(_last_words(error, argv), os.environ))
         return code
     return ExitCode.DONE
 

@@ -29,6 +29,8 @@ from algorithms.modeling.files import file_digest, fingerprint
 
 logger = logging.getLogger(__name__)
 
+# What transformers stumbles over where a configuration has values that it did not reckon with.
+_OF_VALUES = (ValueError, TypeError, AttributeError, KeyError, ImportError, ZeroDivisionError, OverflowError, RuntimeError)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 NOTHING_FINITE = (
@@ -41,7 +43,7 @@ class ModelError(ValueError):
     """A model folder that cannot be used as it is; the message says what is wrong with which file."""
 
 
-def _opened(file: Path) -> safe_open:
+def open_weights(file: Path) -> safe_open:
     """A weight file, whose head tells its own size.
 
     Raises:
@@ -51,6 +53,10 @@ def _opened(file: Path) -> safe_open:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ModelError(f"MODEL: {file} is truncated or damaged ({error}). Fetch the model again.") from error
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
@@ -100,13 +106,17 @@ class ModelSource:
         """The model's configuration.
 
         Raises:
-            ModelError: values that no model of its type can have.
+            ModelError: it is no JSON, or has values that no model of its type can have.
         """
         try:
             return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
         except StrictDataclassError as error:
             reason = str(error.__cause__ or error).strip()
             raise ModelError(f"{self.directory / 'config.json'}: {reason}") from error
+        except (OSError, *_OF_VALUES) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's, and not transformers' word for a file that is no JSON
+            raise ModelError(f"MODEL: {self.directory / 'config.json'} cannot be used: {_reason(error)}") from error
 
     @cached_property
     def architecture(self) -> ModelArchitecture:
@@ -145,7 +155,7 @@ class ModelSource:
             return files
         if not (self.directory / _SINGLE).is_file():
             raise ModelError(f"MODEL: {self.directory} holds neither {_SINGLE} nor {_INDEX}.")
-        with _opened(self.directory / _SINGLE) as handle:
+        with open_weights(self.directory / _SINGLE) as handle:
             return dict.fromkeys(handle.keys(), _SINGLE)
 
     @cached_property
@@ -165,7 +175,7 @@ class ModelSource:
         """
         total = 0
         for file in sorted(set(self.weight_files.values())):
-            with _opened(self.directory / file) as handle:
+            with open_weights(self.directory / file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
                     shape = handle.get_slice(name).get_shape()
                     total += int(torch.Size(shape).numel())
@@ -201,15 +211,23 @@ class ModelSource:
         return loaded
 
     def skeleton(self) -> PreTrainedModel:
-        """A fresh model of this configuration, in evaluation mode: parameters on the meta device, buffers (rotary) real."""
+        """A fresh model of this configuration, in evaluation mode: parameters on the meta device, buffers (rotary) real.
+
+        Raises:
+            ModelError: the configuration has values of which no model can be made.
+        """
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
-            )
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
+                )
+        except _OF_VALUES as error:
+            place = self.directory / "config.json"
+            raise ModelError(f"MODEL: no model can be made of {place}: {_reason(error)}") from error
         model.tie_weights()
         return model.eval().requires_grad_(False)
 

@@ -129,7 +129,7 @@ def compare_outputs(ours: Tensor, logits: Tensor, greedy: Tensor) -> tuple[float
         ``TIE_MARGIN`` of it, and how many are not even that. Lengths are fractions of the deviation of our logits.
     """
     length = logits.shape[1]
-    deviation = ours[:, :length].float().std()
+    deviation = ours[:, :length].float().std().clamp(min=torch.finfo(torch.float32).tiny)
     difference = ((ours[:, :length].float() - logits.float()).abs().max() / deviation).item()
     choices = ours[:, length - 1 : length - 1 + greedy.shape[1]].float()
     chosen = choices.gather(-1, greedy.unsqueeze(-1)).squeeze(-1)

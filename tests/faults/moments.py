@@ -28,7 +28,9 @@ def stop_at(order: Order) -> None:
         if trace is not None:
             what = [event, *(str(word) for word in arguments[:2] if isinstance(word, str | os.PathLike))]
             os.write(trace, (json.dumps([count, time.monotonic() - begin, *what]) + "\n").encode())
-        if count != order.stop_at:
+        if order.fail_with and count == order.stop_at:
+            raise OSError(order.fail_with, os.strerror(order.fail_with), next(map(str, arguments), None))
+        if order.fail_with or count != order.stop_at:
             return
         if order.delay == 0:
             os.kill(me, order.stop_with)

@@ -122,6 +122,29 @@ def test_a_sound_model_is_read_through_once(run, tmp_path, model):
     assert "checking weights" not in second.said
 
 
+def test_a_weight_of_the_last_block_that_does_not_fit_is_found_before_the_first(run, tmp_path, model):
+    name = "model.layers.3.mlp.down_proj.weight"
+    file = read_index(model)[name]
+    tensors = load_file(model / file)
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, model / file, metadata={"format": "pt"})
+    assert_refused(run, tmp_path, model, name, file, "has the shape [128, 383]", "[128, 384]")
+
+
+@pytest.mark.parametrize("values", [{"num_hidden_layers": 5}, {"hidden_act": "nope"}, {"rms_norm_eps": float("nan")}])
+def test_a_configuration_that_does_not_fit_the_weights_is_found_before_the_first_block(run, tmp_path, model, values):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **values}))
+    assert_refused(run, tmp_path, model, "MODEL: ")
+
+
+def test_a_tokenizer_that_its_library_cannot_read_is_named(run, tmp_path, model):
+    words = json.loads((model / "tokenizer.json").read_text())
+    words["model"] = {"type": "nobody knows"}
+    (model / "tokenizer.json").write_text(json.dumps(words))
+    assert_refused(run, tmp_path, model, f"the tokenizer in {model} cannot be loaded")
+
+
 def test_a_truncated_file_is_named(run, tmp_path, model):
     file = model / "model-2.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -35,9 +35,9 @@ class Order:
     """What a child does: ``argv`` of main.py, or of ``module``.
 
     ``limits`` are names of resource limits with their bytes, and ``spare`` the bytes of address space beyond what the child has
-    when it starts. ``watch`` is the folder whose file
-    operations are counted; at number ``stop_at`` the child gets ``stop_with``, ``delay`` seconds later. ``trace`` names a file
-    for the times of all operations.
+    when it starts. ``watch`` is the folder whose file operations are counted; at number ``stop_at`` the child gets
+    ``stop_with``, ``delay`` seconds later, or, where ``fail_with`` is a number of ``errno``, that operation fails with it.
+    ``trace`` names a file for the times of all operations.
     """
 
     argv: Sequence[str]
@@ -49,6 +49,7 @@ class Order:
     stop_at: int = 0
     stop_with: int = signal.SIGKILL
     delay: float = 0.0
+    fail_with: int = 0
     trace: str = ""
     seconds: float = 120.0
     output: str = ""

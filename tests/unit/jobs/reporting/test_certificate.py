@@ -95,3 +95,9 @@ def test_windows_are_the_heads_of_the_first_sequences():
     assert drawn.shape == (4, 64)
     assert 0 <= drawn.min() <= drawn.max() < VOCABULARY
     assert torch.equal(drawn, certificate_windows([], VOCABULARY))
+
+
+def test_a_model_that_says_the_same_of_every_token_can_be_certified():
+    logits = torch.zeros(1, 4, 5)
+    assert compare_outputs(logits, logits[:, :2], torch.tensor([[0, 0]])) == (0, 0, 0)
+    assert compare_outputs(logits, logits[:, :2] + 0.1, torch.tensor([[0, 0]]))[0] > 1e9
