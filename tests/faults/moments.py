@@ -32,15 +32,22 @@ def stop_at(order: Order) -> None:
             raise OSError(order.fail_with, os.strerror(order.fail_with), next(map(str, arguments), None))
         if order.fail_with or count != order.stop_at:
             return
-        if order.delay == 0:
+        if order.again:
+            _signal_later(me, order.stop_with, order.delay + order.again)
+        if order.delay:
+            _signal_later(me, order.stop_with, order.delay)
+        else:
             os.kill(me, order.stop_with)
-        elif os.fork() == 0:
-            time.sleep(order.delay)
-            if os.getppid() != 1:
-                os.kill(me, order.stop_with)
-            os._exit(0)
 
     sys.addaudithook(hook)
+
+
+def _signal_later(process: int, number: int, seconds: float) -> None:
+    if os.fork() == 0:
+        time.sleep(seconds)
+        if os.getppid() == process:
+            os.kill(process, number)
+        os._exit(0)
 
 
 def _touches(arguments: tuple, folder: str) -> bool:

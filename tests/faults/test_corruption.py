@@ -64,6 +64,46 @@ def test_a_flipped_byte_is_found_and_named_and_only_what_follows_is_made_again(r
     assert [stage for stage in before if before[stage] != times(job)[stage]] == again
 
 
+@pytest.mark.parametrize("name", ["0.safetensors", "not_quantized_weights.safetensors", "config.json"])
+def test_what_the_export_was_made_of_is_no_witness_against_it_once_it_is_damaged(run, finished, expected, name):
+    job = job_of(finished)
+    manifest = json.loads((job / "manifest.json").read_text())
+    (job / "manifest.json").write_text(json.dumps({**manifest, "certificate": None, "evaluation": None}))
+    flip(job / "tmp" / "finetune" / name)
+    done = run(finished)
+    assert done.code == 0, done.said[-3000:]
+    assert f"tmp/finetune is damaged, and is done without: {name} has other content than was written" in done.said
+    whole = {file: digest for file, digest in expected.items() if not file.startswith("tmp/finetune")}
+    assert whole.items() <= result(finished).items()
+
+
+def test_a_flipped_byte_of_an_earlier_result_is_found_by_whoever_starts_from_it(run, finished):
+    flip(job_of(finished) / "exports" / "dense" / "model.safetensors")
+    short = ["STAGES=[calibration]", "EVALUATION=null"]
+    done = run(finished, "JOB_ID=second", "MODEL=job://faults/exports/dense", *short)
+    assert done.code == 2, done.said[-3000:]
+    assert "model.safetensors has other content than was written" in done.said.strip().splitlines()[-1]
+    assert not list((finished / "jobs" / "Kompress" / "second").rglob("0.safetensors"))
+
+
+@pytest.mark.parametrize("place", ["", "tmp/calibration", "exports/dense"])
+def test_a_flipped_byte_is_found_by_whoever_scores_a_result(run_main, finished, place):
+    folder = job_of(finished) / place
+    flip(next(folder.glob("[0-9m]*.safetensors")))
+    recipe = ["--yaml_path", str(ROOT / "tests" / "faults" / "recipe.yaml"), f"USER_FOLDER={finished}"]
+    done = run_main("evaluate", *recipe, "--directory", str(folder))
+    assert done.code == 2, done.said[-3000:]
+    assert f"{folder} is damaged: " in done.said.strip().splitlines()[-1]
+
+
+def test_a_flipped_byte_is_not_uploaded(run_main, finished):
+    flip(job_of(finished) / "model.safetensors")
+    recipe = ["--yaml_path", str(ROOT / "tests" / "faults" / "recipe.yaml"), f"USER_FOLDER={finished}"]
+    done = run_main("push", *recipe, "PUSH_TO_HUB=a/b")
+    assert done.code == 2, done.said[-3000:]
+    assert "model.safetensors has other content than was written" in done.said.strip().splitlines()[-1]
+
+
 def test_a_flipped_byte_of_the_manifest_is_no_traceback(run, finished):
     path = job_of(finished) / "manifest.json"
     flip(path, at=0.0)

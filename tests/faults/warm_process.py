@@ -36,8 +36,8 @@ class Order:
 
     ``limits`` are names of resource limits with their bytes, and ``spare`` the bytes of address space beyond what the child has
     when it starts. ``watch`` is the folder whose file operations are counted; at number ``stop_at`` the child gets
-    ``stop_with``, ``delay`` seconds later, or, where ``fail_with`` is a number of ``errno``, that operation fails with it.
-    ``trace`` names a file for the times of all operations.
+    ``stop_with``, ``delay`` seconds later, and once more ``again`` seconds after that. Where ``fail_with`` is a number of
+    ``errno``, that operation fails with it instead. ``trace`` names a file for the times of all operations.
     """
 
     argv: Sequence[str]
@@ -49,6 +49,7 @@ class Order:
     stop_at: int = 0
     stop_with: int = signal.SIGKILL
     delay: float = 0.0
+    again: float = 0.0
     fail_with: int = 0
     trace: str = ""
     seconds: float = 120.0
@@ -186,6 +187,7 @@ def _run_main(order: Order, place: Path) -> int:
     if order.spare:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + order.spare, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background processes ignore it
     if order.watch:
         stop_at(order)
     return main.main(list(order.argv))
