@@ -32,22 +32,29 @@ def stop_at(order: Order) -> None:
             raise OSError(order.fail_with, os.strerror(order.fail_with), next(map(str, arguments), None))
         if order.fail_with or count != order.stop_at:
             return
-        if order.again:
-            _signal_later(me, order.stop_with, order.delay + order.again)
-        if order.delay:
-            _signal_later(me, order.stop_with, order.delay)
-        else:
+        waits = [order.delay] if order.delay else []
+        waits += [order.again] if order.again else []
+        if waits:
+            _signal_later(me, order.stop_with, waits)
+        if not order.delay:
             os.kill(me, order.stop_with)
 
     sys.addaudithook(hook)
 
 
-def _signal_later(process: int, number: int, seconds: float) -> None:
+def _signal_later(process: int, number: int, waits: list[float]) -> None:
+    """Signal a process, waiting so many seconds before each time; not while it is still busy with this fork."""
+    ready, go = os.pipe()
     if os.fork() == 0:
-        time.sleep(seconds)
-        if os.getppid() == process:
-            os.kill(process, number)
+        os.read(ready, 1)
+        for seconds in waits:
+            time.sleep(seconds)
+            if os.getppid() == process:
+                os.kill(process, number)
         os._exit(0)
+    os.write(go, b"x")
+    os.close(go)
+    os.close(ready)
 
 
 def _touches(arguments: tuple, folder: str) -> bool:
