@@ -178,6 +178,7 @@ def _obey(order: Order, place: Path) -> int:
 
 def _run_main(order: Order, place: Path) -> int:
     import main
+    from jobs.execution.interruption import ignore_stops
     from jobs.reporting import certificate
     from tests.faults.moments import stop_at
 
@@ -190,7 +191,9 @@ def _run_main(order: Order, place: Path) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background processes ignore it
     if order.watch:
         stop_at(order)
-    return main.main(list(order.argv))
+    code = main.main(list(order.argv))
+    ignore_stops()  # as main.py does when it is the program
+    return code
 
 
 class _Errands:
