@@ -34,7 +34,9 @@ def test_a_stop_signal_becomes_an_exception_and_a_second_one_is_left_alone():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_until_the_outer_block_ends_a_second_stop_is_left_alone(number):
     before, tidied = signal.getsignal(number), []
-    with pytest.raises(JobInterrupted), interruptible():
+
+    @interruptible()
+    def work():
         try:
             with interruptible():
                 os.kill(os.getpid(), number)
@@ -43,6 +45,9 @@ def test_until_the_outer_block_ends_a_second_stop_is_left_alone(number):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
             tidied.append(True)
+
+    with pytest.raises(JobInterrupted):
+        work()
     assert tidied
     assert signal.getsignal(number) is before
 
