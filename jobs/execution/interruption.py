@@ -37,7 +37,9 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for each, handler in before.items():
-            if not (stop.was_asked and isinstance(handler, _Stop)):
+            if stop.was_asked and isinstance(handler, _Stop):
+                handler.was_asked = True  # the block around this one is what tidies up now
+            else:
                 signal.signal(each, handler)
 
 

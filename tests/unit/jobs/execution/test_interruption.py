@@ -38,7 +38,7 @@ def test_until_the_outer_block_ends_a_second_stop_is_left_alone(number):
     @interruptible()
     def work():
         try:
-            with interruptible():
+            with interruptible(), interruptible():
                 os.kill(os.getpid(), number)
                 time.sleep(1)
         finally:
