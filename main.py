@@ -16,9 +16,10 @@ from pathlib import Path
 from configs.errors import EXIT_CODES, ExitCode, RankFailedError, exit_code, visible
 from jobs.command_line.arguments import parse_arguments
 from jobs.command_line.commands import perform
-from jobs.execution.interruption import interruptible
+from jobs.execution.interruption import ignore_stops, interruptible
 from jobs.processes.environment import end_with_launcher, is_follower, is_own_rank
 from jobs.reporting.secrets import without_secrets
+from jobs.reporting.streams import write_all
 
 PROGRAM = Path(__file__).resolve()
 
@@ -37,16 +38,17 @@ def main(argv: Sequence[str] | None = None, *, program: Path = PROGRAM) -> ExitC
     # Threads that spin while they wait slow a busy machine a hundredfold; OpenMP reads this when torch is imported, later on.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = replace(parse_arguments(argv), program=program)
-    try:
-        with interruptible():
+    with interruptible():
+        try:
             end_with_launcher()
-            perform(arguments)
-    except (RankFailedError, *EXIT_CODES) as error:
-        code = exit_code(error)
-        # How a job on several processes was stopped is told once: by the process that started them, else by rank 0.
-        told = code is ExitCode.INTERRUPTED and (is_own_rank() or is_follower())
-        sys.stderr.write("" if told else without_secrets(_last_words(error, argv), os.environ))
-        return code
+            with interruptible():  # stopped once, nothing disturbs the last words
+                perform(arguments)
+        except (RankFailedError, *EXIT_CODES) as error:
+            code = exit_code(error)
+            # How a job on several processes was stopped is told once: by the process that started them, else by rank 0.
+            told = code is ExitCode.INTERRUPTED and (is_own_rank() or is_follower())
+            write_all(sys.stderr, "" if told else without_secrets(_last_words(error, argv), os.environ))
+            return code
     return ExitCode.DONE
 
 
@@ -57,4 +59,6 @@ def _last_words(error: BaseException, argv: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    ignore_stops()  # a second signal does not change how the command ended
+    sys.exit(code)

@@ -26,6 +26,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # keys under w
 PREFIXES = ("module.", "_orig_mod.")
 SIDE_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py")  # config, tokenizer, templates
 SHARD_INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255  # bytes of a file's name
 
 
 def state_files(path: Path, key: str) -> list[Path]:
@@ -39,7 +40,8 @@ def state_files(path: Path, key: str) -> list[Path]:
             raise DataError(f"{key} {path}: not a state dict ({', '.join(STATE_SUFFIXES)}). Change {key}.")
         return [path]
     for suffix in STATE_SUFFIXES:
-        found = sorted(file for file in path.glob(f"*{suffix}") if not file.name.startswith((*NO_WEIGHTS, ".")))
+        files = (file for file in path.glob(f"*{suffix}") if file.is_file())
+        found = sorted(file for file in files if not file.name.startswith((*NO_WEIGHTS, ".")))
         if found:
             return found
     raise DataError(f"{key} {path}: the folder holds neither config.json nor a state dict ({', '.join(STATE_SUFFIXES)}).")
@@ -218,6 +220,8 @@ def shard_index(folder: Path) -> Mapping[str, str] | None:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files.values()):
             raise ValueError("it names files outside its folder")
+        if any(len(name.encode()) > LONGEST_NAME for name in files.values()):
+            raise ValueError("it names files that no disk can hold")
         return files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"MODEL {folder}: {SHARD_INDEX} is damaged ({error}). Fetch the model again.") from error

@@ -52,12 +52,13 @@ class _Job:
         return {path.name: record for path, record in found.items() if path.parent == below and path.suffix != ".md"}
 
 
-def earlier_output(reference: JobReference, workspace: Workspace) -> Path:
+def earlier_output(reference: JobReference, workspace: Workspace, *, full: bool = False) -> Path:
     """The folder of plain weights that a finished job has left.
 
     Args:
         reference: the job and its format, as MODEL names them.
         workspace: of the job that wants to start from it.
+        full: whether its files are read through, or only looked at.
 
     Raises:
         DataError: there is no such job, or no single one; it runs, has not finished or has failed its certificate; the format
@@ -70,7 +71,7 @@ def earlier_output(reference: JobReference, workspace: Workspace) -> Path:
     if name in job.failures:
         raise _problem(reference, f"the certificate of its format {name} failed: {job.failures[name]}")
     folder, files = job.place(name), job.files_of(name)
-    state = check_files(folder, files)
+    state = check_files(folder, files, full=full)
     if not state.intact:
         reason = "; ".join(state.problems[:3]) or f"nothing of it is in {folder}"
         raise _problem(reference, f"its result is not what it wrote ({reason}). Run that job again.")
@@ -80,14 +81,14 @@ def earlier_output(reference: JobReference, workspace: Workspace) -> Path:
 
 
 def lineage(recipe: Recipe, workspace: Workspace) -> Lineage | None:
-    """How the recipe's model came about, where an earlier job has made it.
+    """How the recipe's model came about, where an earlier job has made it; that job's result is read through.
 
     Raises:
         DataError: as :func:`earlier_output`.
     """
     if recipe.model_job is None or recipe.custom_model_path is not None:
         return None
-    job, folder = _finished(recipe.model_job, workspace), earlier_output(recipe.model_job, workspace)
+    job, folder = _finished(recipe.model_job, workspace), earlier_output(recipe.model_job, workspace, full=True)
     before, name = job.manifest.lineage, str(job.manifest.model.get("name"))
     model, methods = (name, ()) if before is None else (before.model, before.methods)
     return Lineage(model=model, methods=(*methods, job.manifest.algorithm), folder=str(folder))

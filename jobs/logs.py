@@ -9,8 +9,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from io import StringIO
 from pathlib import Path
 from statistics import median
+from typing import IO, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
@@ -22,6 +24,7 @@ from algorithms.base import Process
 from configs.errors import visible
 from jobs.reporting.library_bars import library_bars_off
 from jobs.reporting.secrets import without_secrets
+from jobs.reporting.streams import Steady
 
 FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 DATE_FORMAT = "%m/%d/%Y %H-%M-%S"
@@ -53,8 +56,8 @@ class Terminal:
 
     def __init__(self, *, messages: Console | None = None, results: Console | None = None, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.messages = messages or Console(stderr=True, soft_wrap=True)
-        self.results = results or Console(file=sys.stdout, soft_wrap=True)
+        self.messages = messages or Console(file=_steady(sys.stderr), soft_wrap=True)
+        self.results = results or Console(file=_steady(sys.stdout), soft_wrap=True)
 
     @property
     def interactive(self) -> bool:
@@ -92,6 +95,11 @@ class Terminal:
                 bar.update(task, advance=1, note=note)
 
             yield step
+
+
+def _steady(stream: TextIO | None) -> IO[str]:
+    """The stream, or where the process was started without it, nowhere."""
+    return cast("IO[str]", Steady(stream) if stream is not None else StringIO())
 
 
 class _Steps:

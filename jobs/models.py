@@ -15,6 +15,7 @@ from configs.errors import DataError
 from configs.recipe import Recipe
 from jobs.checkpoints import convert, files_digest, is_side_file, link_files, shard_index, state_files
 from jobs.earlier_jobs import earlier_output
+from jobs.model_layout import check_layout
 from jobs.texts.location import nearest_sibling
 from jobs.workspace import Workspace, check_name, inside
 
@@ -53,7 +54,9 @@ def _source(directory: Path, name: str, recipe: Recipe) -> ModelSource:
         raise DataError(
             f"MODEL {directory}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}...). Fetch it again."
         )
-    return ModelSource(directory, name=name, trust_remote_code=recipe.trust_remote_code)
+    source = ModelSource(directory, name=name, trust_remote_code=recipe.trust_remote_code)
+    check_layout(source)
+    return source
 
 
 def _named_model(recipe: Recipe, workspace: Workspace, *, weights: bool = True) -> Path:

@@ -154,7 +154,8 @@ def push_result(loaded: LoadedRecipe, *, is_dry_run: bool = False, parts: Collab
     """
     parts = parts or Collaborators()
     workspace = open_workspace(loaded.recipe)
-    upload = plan_upload(loaded.recipe.push_to_hub, workspace, read_manifest(workspace.manifest_path))
+    manifest = read_manifest(workspace.manifest_path)
+    upload = plan_upload(loaded.recipe.push_to_hub, workspace, manifest, full=not is_dry_run)
     parts.terminal.show("\n".join(upload.lines()), "\n".join(upload.lines()))
     if not is_dry_run:
         with logging_to(workspace.logs_dir, Crew().process, parts.terminal), parts.lock(workspace), interruptible():
@@ -186,6 +187,7 @@ def _execute(materials: Materials, job: Job, plan: Plan, questions: Questions | 
         # The model itself is no earlier form of the result, so the first stage's input does not count.
         given = artifact if planned is not plan.stages[0] and artifact.digest == planned.input_key else None
         if planned.action is Action.REUSE:
+            given = given if materials.is_intact(given) else None
             artifact = materials.artifact(planned)
             continue
         artifact = run_stage(job, planned, artifact)

@@ -35,6 +35,7 @@ LOCK = ".job.lock"
 _SECONDS_TO_DIE, _SECONDS_A_LOOK = 10.0, 0.1
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # it writes a file under such a name first, too
 _OF_A_PROCESS = re.compile(r"\.\d+\.partial$")  # algorithms.modeling.files puts the process's number into such a name
+_FOLDERS = ("tmp", "exports", "evaluation")  # below a job's own, where it writes
 LEGACY_CALIBRATION = "caliberation"  # the spelling that older commands and guides use for tmp/calibration
 
 
@@ -151,10 +152,13 @@ class Workspace:
     def sweep(self) -> None:
         """Remove what a killed run left half written, once the lock is held: files and folders that no later run goes on with.
 
-        A stage's own partial folder stays, since the stage resumes from it.
+        A stage's own partial folder stays, since the stage resumes from it. So does everything where no job writes: MODEL_PATH
+        may be a folder with much else in it.
         """
-        unfinished = [path for path in self.job_dir.rglob(".tmp??????") if _OF_SAFETENSORS.fullmatch(path.name)]
-        for path in [*unfinished, *self.job_dir.rglob(".*.partial"), *self.tmp_dir.glob(".*.replaced")]:
+        own = [*self.job_dir.glob(".*"), *(path for name in _FOLDERS for path in (self.job_dir / name).rglob(".*"))]
+        unfinished = [path for path in own if _OF_SAFETENSORS.fullmatch(path.name)]
+        partial = [path for path in own if path.name.endswith(".partial")]
+        for path in [*unfinished, *partial, *self.tmp_dir.glob(".*.replaced")]:
             if path.is_symlink() or path.is_file():
                 path.unlink()
             elif path.is_dir() and (path.suffix == ".replaced" or _OF_A_PROCESS.search(path.name)):

@@ -20,7 +20,7 @@ from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.group_walk import GroupWalk, linear_at
 from algorithms.modeling.mixtures.routing import Routing
-from algorithms.modeling.source import ModelSource
+from algorithms.modeling.source import NOTHING_FINITE, ModelError, ModelSource
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import ALONE, Ranks, moved
 
@@ -265,6 +265,8 @@ class _BlockStep:
                 "block %d: %d tokens with infinite, NaN or far too large inputs of %s left out", self.index, count, names
             )
             if not statistics.num_tokens:
+                if self.architecture.input_groups[0][0] in linears:  # the norm before them hands on what is finite
+                    raise ModelError(NOTHING_FINITE.format(index=self.index))
                 logger.warning(
                     "block %d: none was left; all errors of %s count the same. Look at the model.", self.index, names
                 )

@@ -28,7 +28,7 @@ from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.families.inspection import Inspection, InspectionError, inspect_family
 from algorithms.modeling.families.stored_names import StoredTensor, stored_name, stored_tensors
 from algorithms.modeling.families.table import architecture_for, is_known
-from algorithms.modeling.families.weight_files import ModelError, opened, read_tensor, weight_map
+from algorithms.modeling.families.weight_files import ModelError, open_weights, read_tensor, weight_map
 from algorithms.modeling.families.without_storage import WithoutStorage, move_own
 from algorithms.modeling.files import file_digest, fingerprint
 from algorithms.modeling.mixtures.deferred import Reader, defer_experts
@@ -36,12 +36,18 @@ from algorithms.modeling.mixtures.experts import READER, separate_experts
 
 logger = logging.getLogger(__name__)
 
+# What transformers stumbles over where a configuration has values that it did not reckon with.
+_OF_VALUES = (ValueError, TypeError, AttributeError, KeyError, ImportError, ZeroDivisionError, OverflowError, RuntimeError)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 NOTHING_FINITE = (
     "MODEL: no finite activations reached block {index}: the model overflows on the calibration text in float32. "
     "Look at its weights."
 )
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class ModelSource:
@@ -75,13 +81,17 @@ class ModelSource:
         """The model's configuration.
 
         Raises:
-            ModelError: values that no model of its type can have.
+            ModelError: it is no JSON, or has values that no model of its type can have.
         """
         try:
             return AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
         except StrictDataclassError as error:
             reason = str(error.__cause__ or error).strip()
             raise ModelError(f"{self.directory / 'config.json'}: {reason}") from error
+        except (OSError, *_OF_VALUES) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's, and not transformers' word for a file that is no JSON
+            raise ModelError(f"MODEL: {self.directory / 'config.json'} cannot be used: {_reason(error)}") from error
 
     @cached_property
     def architecture(self) -> ModelArchitecture:
@@ -132,14 +142,19 @@ class ModelSource:
         Raises:
             ModelError: as for :attr:`stored_files`.
         """
-        return {name: tensor.file for name, tensor in self._places.items()}
+        return {name: tensor.file for name, tensor in self.places.items()}
 
     @cached_property
-    def _places(self) -> Mapping[str, StoredTensor]:
+    def places(self) -> Mapping[str, StoredTensor]:
+        """Name of a parameter -> the tensor, or the part of one, that holds it.
+
+        Raises:
+            ModelError: as for :attr:`stored_files`.
+        """
         return stored_tensors(self.stored_files, self._row, self._stored_shape)
 
     def _stored_shape(self, stored: str) -> Sequence[int]:
-        with opened(self.directory / self.stored_files[stored]) as handle:
+        with open_weights(self.directory / self.stored_files[stored]) as handle:
             return handle.get_slice(stored).get_shape()
 
     def stored_as(self, parameter: str) -> str:
@@ -164,7 +179,7 @@ class ModelSource:
             return files
         if not (self.directory / _SINGLE).is_file():
             raise ModelError(f"MODEL: {self.directory} holds neither {_SINGLE} nor {_INDEX}.")
-        with opened(self.directory / _SINGLE) as handle:
+        with open_weights(self.directory / _SINGLE) as handle:
             return dict.fromkeys(handle.keys(), _SINGLE)
 
     @cached_property
@@ -184,7 +199,7 @@ class ModelSource:
         """
         total = 0
         for file in sorted(set(self.weight_files.values())):
-            with opened(self.directory / file) as handle:
+            with open_weights(self.directory / file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
                     shape = handle.get_slice(name).get_shape()
                     total += int(torch.Size(shape).numel())
@@ -206,29 +221,37 @@ class ModelSource:
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
-            if name not in self._places:
+            if name not in self.places:
                 raise ModelError(
                     f"MODEL: {self.directory} has no tensor {name!r}; its weight files do not match its config.json."
                 )
-            by_file.setdefault(self._places[name].file, []).append(name)
+            by_file.setdefault(self.places[name].file, []).append(name)
         loaded = {}
         for file, wanted in by_file.items():
             with safe_open(self.directory / file, framework="pt") as handle:
                 for name in wanted:
-                    tensor = read_tensor(handle, self._places[name])
+                    tensor = read_tensor(handle, self.places[name])
                     loaded[name] = tensor.to(dtype or tensor.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
         return loaded
 
     def skeleton(self) -> PreTrainedModel:
-        """A fresh model of this configuration, in evaluation mode: parameters on the meta device, buffers (rotary) real."""
+        """A fresh model of this configuration, in evaluation mode: parameters on the meta device, buffers (rotary) real.
+
+        Raises:
+            ModelError: the configuration has values of which no model can be made.
+        """
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False), WithoutStorage():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
-            )
+        try:
+            with init_empty_weights(include_buffers=False), WithoutStorage():
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
+                )
+        except _OF_VALUES as error:
+            place = self.directory / "config.json"
+            raise ModelError(f"MODEL: no model can be made of {place}: {_reason(error)}") from error
         model.tie_weights()
         separate_experts(model)
         return model.eval().requires_grad_(False)
@@ -354,7 +377,7 @@ class ModelSource:
         late = {f"{name}.weight" for name, part in module.named_modules() if READER in vars(part)}
         names = [f"{stored}{name}" for name, _ in module.named_parameters(recurse=True) if name not in late]
         buffers = [f"{stored}{name}" for name in module.state_dict() if name not in late and f"{stored}{name}" not in names]
-        names += [name for name in buffers if name in self._places]  # what a family keeps in checkpoints is no parameter alone
+        names += [name for name in buffers if name in self.places]  # what a family keeps in checkpoints is no parameter alone
         state = {name.removeprefix(stored): tensor for name, tensor in self.tensors(names, dtype).items()}
         for name, tensor in state.items():
             self._checked(f"{prefix}{name}", tensor)

@@ -16,6 +16,7 @@ from jobs.command_line.listing import JobEntry, list_jobs
 from jobs.execution.memory import naming_remedies
 from jobs.execution.storage import naming_places
 from jobs.processes.environment import is_follower, is_on_another_node, ranks_to_start
+from jobs.reporting.streams import write_all
 
 if TYPE_CHECKING:
     from jobs.execution.collaborators import Collaborators
@@ -237,5 +238,11 @@ def _job_lines(job: JobEntry) -> list[str]:
 
 
 def _say(lines: list[str]) -> None:
-    """Write a command's answer. Jobs talk through jobs.logs, which imports torch; these answers should not wait for it."""
-    sys.stdout.write(visible("\n".join(lines) + "\n"))
+    """Write a command's answer. Jobs talk through jobs.logs, which imports torch; these answers should not wait for it.
+
+    Raises:
+        MissingEnvironmentError: it cannot be written. A reader that has read enough is no problem.
+    """
+    problem = write_all(sys.stdout, visible("\n".join(lines) + "\n"))
+    if problem is not None and not isinstance(problem, BrokenPipeError):
+        raise MissingEnvironmentError(f"The answer cannot be written: {problem.strerror}.")

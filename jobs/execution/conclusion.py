@@ -36,7 +36,7 @@ from jobs.reporting.html.report import Account, write_report
 from jobs.reporting.model_card import NAME, loading_notes, model_card
 from jobs.reporting.secrets import without_secrets
 from jobs.reporting.summary import BitAccount, CostRow, Summary
-from jobs.results.artifacts import remove_folder
+from jobs.results.artifacts import clear_results
 from jobs.results.publishing import CONFIG, EXPORTS, count_files, format_folder, is_published, publish, write_extra
 from jobs.scoring.figures import Figures, as_records, from_records
 
@@ -131,7 +131,7 @@ def conclude(outcome: Outcome) -> Summary:
     if incomplete is not None:
         raise incomplete
     if outcome.formats and not outcome.keep_intermediate:
-        remove_folder(job.workspace.tmp_dir)
+        clear_results(job.workspace, {stage.directory for stage in job.manifest.current.stages.values()})
     return summary
 
 

@@ -22,7 +22,7 @@ from configs.errors import DataError
 from configs.loader import LoadedRecipe
 from configs.recipe import Recipe
 from jobs.execution.collaborators import Collaborators
-from jobs.manifest import Manifest, RunRecord, StageRecord, Status, now
+from jobs.manifest import Manifest, RunRecord, StageRecord, Status, now, read_manifest
 from jobs.planning import Plan, PlannedStage, Selection, Situation, make_plan
 from jobs.reporting.model_card import NAME as CARD
 from jobs.results.artifacts import ABSENT, Condition, canonical_digest, check_files
@@ -116,6 +116,18 @@ class Materials:
             if not worse:
                 return plan
             damaged |= worse
+
+    def is_intact(self, artifact: Artifact | None) -> bool:
+        """Whether an earlier result that no stage reads again may stand for what a later one was made of; a warning if not."""
+        if artifact is None:
+            return True
+        stages = read_manifest(self.workspace.manifest_path).stages.values()
+        files = next((record.files for record in stages if record.key == artifact.digest), {})
+        state = check_files(artifact.directory, files, full=True) if files else ABSENT
+        if state.damaged:
+            problems = "; ".join(state.problems[:3])
+            logger.warning("%s is damaged, and is done without: %s", artifact.directory, problems)
+        return state.intact
 
     def written_bytes(self) -> int:
         """What stopped stages have left of their results, and need not write again."""

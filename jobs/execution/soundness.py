@@ -46,7 +46,7 @@ def check_weights(source: ModelSource, workspace: Workspace, progress: Progress)
 
 def _check(stored: object, name: str, file: str) -> None:
     for part in _parts(stored):
-        if part.is_floating_point() and not torch.isfinite(part.float() if part.element_size() == 1 else part).all():
+        if part.is_floating_point() and not torch.isfinite(part if part.element_size() == 2 else part.float()).all():
             raise DataError(f"MODEL: {name} in {file} holds NaN or infinity; the checkpoint is damaged. Fetch the model again.")
 
 

@@ -154,6 +154,7 @@ def _finish(job: Job, planned: PlannedStage, record: StageRecord, output: Path) 
 def _prepare_folder(job: Job, planned: PlannedStage, output: Path) -> bool:
     """Empty the partial folder unless it holds an earlier attempt at the same result; whether it does."""
     place = job.workspace.stage_dir(planned.spec.directory)
+    _check_own(job, place)
     if not output.exists() and not planned.forced and _key_of(place).get("key") == planned.key:
         _take_back(job, planned, place, output)
     key = _key_of(output)
@@ -164,6 +165,17 @@ def _prepare_folder(job: Job, planned: PlannedStage, output: Path) -> bool:
     output.mkdir(parents=True)
     atomic_write_json(output / KEY_FILE, {"key": planned.key, "run": job.run_id})
     return False
+
+
+def _check_own(job: Job, place: Path) -> None:
+    """Whether the folder that a result is to replace is one of this job's: MODEL_PATH may be a folder with much else in it.
+
+    Raises:
+        DataError: it is somebody else's.
+    """
+    known = {record.directory for record in job.manifest.current.stages.values()}
+    if place.is_dir() and any(place.iterdir()) and place.name not in known and not (place / KEY_FILE).is_file():
+        raise DataError(f"{place} holds files that this job did not write. Move it away, or choose another MODEL_PATH.")
 
 
 def _take_back(job: Job, planned: PlannedStage, place: Path, output: Path) -> None:

@@ -18,15 +18,17 @@ from jobs.workspace import open_workspace
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+BROKEN = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE)
 _KEPT = "What is finished is kept, and the same command resumes."
 
 
 @contextmanager
 def naming_places(loaded: LoadedRecipe) -> Iterator[None]:
-    """Turn what the system says of a full disk or a closed folder into an error that says which, and what to do.
+    """Turn what the system says of a full or failing disk or a closed folder into an error that says which, and what to do.
 
     Raises:
-        MissingEnvironmentError: the disk, the quota or the largest allowed file is full.
+        MissingEnvironmentError: the disk, the quota or the largest allowed file is full, the disk does not answer, or too many
+            files are open.
         DataError: a folder or file may not be written, or read.
     """
     try:
@@ -34,11 +36,14 @@ def naming_places(loaded: LoadedRecipe) -> Iterator[None]:
     except (OSError, SafetensorError, DataError) as error:
         number = next((number for cause in causes(error) if (number := _number(cause)) is not None), None)
         # An error that says already what a user can do has one thing left to say: that the disk was full all the same.
-        if number not in FULL and (number not in CLOSED or isinstance(error, DataError)):
+        if number not in FULL and (number not in (*CLOSED, *BROKEN) or isinstance(error, DataError)):
             raise
         place = _place(error) or str(open_workspace(loaded.recipe).job_dir)
         if number in FULL:
             raise MissingEnvironmentError(f"{place}: {os.strerror(number)}{_room(place)}. {_FULL_ADVICE} {_KEPT}") from error
+        if number in BROKEN:
+            advice = _FILES_ADVICE if number in (errno.EMFILE, errno.ENFILE) else _BROKEN_ADVICE
+            raise MissingEnvironmentError(f"{place}: {os.strerror(number)}. {advice} {_KEPT}") from error
         raise DataError(f"{place}: {os.strerror(number)}. {_CLOSED_ADVICE} {_KEPT}") from error
 
 
@@ -46,6 +51,8 @@ _FULL_ADVICE = (
     "Make room (`tmp/` of jobs that are finished may go), raise the limit, or choose another disk with USER_FOLDER, "
     "MODEL_PATH, CACHE_PATH or LOGGING_PATH."
 )
+_BROKEN_ADVICE = "The disk, or what connects it, does not answer as it should. See that it does, or choose another place."
+_FILES_ADVICE = "Raise the number of files that may be open (`ulimit -n`)."
 _CLOSED_ADVICE = "Change the permissions, or choose another place with USER_FOLDER, MODEL_PATH, CACHE_PATH or LOGGING_PATH."
 
 
@@ -54,7 +61,7 @@ def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     said = str(error)
-    return next((number for number in (*FULL, *CLOSED) if os.strerror(number) in said), None)
+    return next((number for number in (*FULL, *CLOSED, *BROKEN) if os.strerror(number) in said), None)
 
 
 def _place(error: BaseException) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from configs.errors import DataError
+from jobs.execution.memory import OUT_OF_MEMORY_WORDS
+from jobs.execution.storage import FULL
 from jobs.processes.environment import without_ranks
 from jobs.results.artifacts import remove_folder
 
@@ -94,6 +98,9 @@ def certify(
 
     Returns:
         One verdict a format, in the order of ``folders``.
+
+    Raises:
+        DataError: a client found no room on a disk or in memory.
     """
     remove_folder(scratch_dir)
     scratch_dir.mkdir(parents=True)
@@ -129,7 +136,7 @@ def compare_outputs(ours: Tensor, logits: Tensor, greedy: Tensor) -> tuple[float
         ``TIE_MARGIN`` of it, and how many are not even that. Lengths are fractions of the deviation of our logits.
     """
     length = logits.shape[1]
-    deviation = ours[:, :length].float().std()
+    deviation = ours[:, :length].float().std().clamp(min=torch.finfo(torch.float32).tiny)
     difference = ((ours[:, :length].float() - logits.float()).abs().max() / deviation).item()
     choices = ours[:, length - 1 : length - 1 + greedy.shape[1]].float()
     chosen = choices.gather(-1, greedy.unsqueeze(-1)).squeeze(-1)
@@ -157,8 +164,22 @@ def _run_client(arguments: Sequence[str], log: Path) -> tuple[Verdict, str] | No
     said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if done.returncode == NO_CLIENT_EXIT:
         return Verdict.NO_CLIENT, said[-1] if said else "the client's package is not installed"
+    _check_starved(done.returncode, said)
     logger.error("The client of the format ended with %d:\n%s", done.returncode, "\n".join(said[-40:]))
     return Verdict.FAILED, f"the client ended with {done.returncode}: {said[-1] if said else 'it said nothing'}"
+
+
+def _check_starved(code: int, said: Sequence[str]) -> None:
+    """Tell a client that lacked room on a disk or memory from one that reads a format differently.
+
+    Raises:
+        DataError: it did; with the system's words, from which :mod:`jobs.execution` makes an error with advice.
+    """
+    last = said[-1] if said else ""
+    if code == -signal.SIGKILL or "MemoryError" in last or any(words in last.lower() for words in OUT_OF_MEMORY_WORDS):
+        raise DataError(f"a format's client ran out of memory: it ended with {code}. {last}")
+    if any(os.strerror(number) in last for number in FULL):
+        raise DataError(f"a format's client ended with {code}: {last}")
 
 
 def _judge(name: str, windows: Tensor, out: Path, reference: Callable[[str], nn.Module]) -> FormatCertificate:

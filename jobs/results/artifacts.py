@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from algorithms.modeling.files import file_digest, visible_files
+from jobs.workspace import LEGACY_CALIBRATION, Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,22 @@ def replace_folder(new: Path, place: Path) -> None:
         place.rename(aside)
     new.rename(place)
     remove_folder(aside)
+
+
+def clear_results(workspace: Workspace, directories: Iterable[str]) -> None:
+    """Remove what stages with these ``StageSpec.directory`` have left, and the tokens. The rest of ``tmp/`` is not ours.
+
+    The folder itself goes if nothing else is in it.
+    """
+    for name in directories:
+        for place in (workspace.stage_dir(name), workspace.partial_dir(name), workspace.scratch_dir(name)):
+            remove_folder(place)
+    remove_folder(workspace.tokens_dir)
+    link = workspace.tmp_dir / LEGACY_CALIBRATION
+    if link.is_symlink():
+        link.unlink()
+    if workspace.tmp_dir.is_dir() and not any(workspace.tmp_dir.iterdir()):
+        workspace.tmp_dir.rmdir()
 
 
 def remove_folder(directory: Path) -> None:

@@ -15,7 +15,7 @@ from configs.errors import DataError, UploadError
 from jobs.manifest import Manifest, ManifestFile, now
 from jobs.reporting.certificate import Verdict
 from jobs.reporting.summary import size
-from jobs.results.artifacts import canonical_digest
+from jobs.results.artifacts import canonical_digest, check_files
 from jobs.results.publishing import count_files
 from jobs.workspace import Workspace
 
@@ -60,13 +60,14 @@ class Upload:
         return [f"{self.folder} -> https://huggingface.co/{self.repository}", *listed, f"  {self.total}"]
 
 
-def plan_upload(repository: str | None, workspace: Workspace, manifest: Manifest) -> Upload:
+def plan_upload(repository: str | None, workspace: Workspace, manifest: Manifest, *, full: bool = True) -> Upload:
     """The files of a finished result.
 
     Args:
         repository: the recipe's PUSH_TO_HUB.
         workspace: of the job.
         manifest: of the job.
+        full: whether the files are read through, or only looked at.
 
     Raises:
         DataError: no repository is named, the job has no whole result, or a format of it failed its certificate.
@@ -80,9 +81,10 @@ def plan_upload(repository: str | None, workspace: Workspace, manifest: Manifest
     if failed:
         raise DataError(f"{', '.join(failed)} failed the certificate; a result that is not what it should be is not uploaded.")
     records = {name: record for name, record in sorted(published.files.items()) if _may_leave(name)}
-    lost = [name for name, record in records.items() if not _is_there(workspace.job_dir / name, record.size)]
-    if lost:
-        raise DataError(f"{workspace.job_dir}: {', '.join(lost[:3])} changed or gone since the job. Run the job again.")
+    state = check_files(workspace.job_dir, records, full=full)
+    if not state.intact:
+        lost = "; ".join(state.problems[:3]) or f"{', '.join(list(records)[:3])} gone"
+        raise DataError(f"{workspace.job_dir}: {lost} since the job. Run the job again.")
     files = {name: record.size for name, record in records.items()}
     if workspace.certificate_path.is_file():
         files[workspace.certificate_path.name] = workspace.certificate_path.stat().st_size
@@ -145,7 +147,3 @@ def _may_leave(name: str) -> bool:
     """Whether a published file is one of the result: no hidden file, nothing of the job's own folders."""
     parts = PurePosixPath(name).parts
     return parts[0] not in _NEVER and not any(part.startswith(".") for part in parts)
-
-
-def _is_there(path: Path, expected: int) -> bool:
-    return path.is_file() and path.stat().st_size == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from configs.names import EXPORTS
 from jobs.execution.collaborators import Collaborators
 from jobs.execution.preparation import Materials, build_algorithm, users_mistakes
 from jobs.manifest import StageRecord, Status, read_manifest
+from jobs.reporting.model_card import NAME as CARD
+from jobs.results.artifacts import FileRecord, check_files
 from jobs.results.publishing import CONFIG
 from jobs.workspace import MANIFEST, RECIPE
 
@@ -85,6 +87,9 @@ def find_stored(
     found = _record_of(place)
     if found is not None:
         record, job_dir = found
+        state = check_files(place, _files_in(place, record), full=True)
+        if state.damaged:
+            raise DataError(f"{place} is damaged: {'; '.join(state.problems[:3])}. Run its job again.")
         owner = algorithm
         if owner is None or owner.name != record.algorithm:
             owner = _algorithm_of(job_dir, parts)
@@ -123,6 +128,13 @@ def _algorithm_of(job_dir: Path, parts: Collaborators) -> CompressionAlgorithm:
         return build_algorithm(load_recipe(job_dir / RECIPE, plugin_config=config_class), parts)
     except RecipeError as error:
         raise DataError(f"{job_dir / RECIPE}, the recipe of the job that wrote the model, is not valid.\n{error}") from error
+
+
+def _files_in(place: Path, record: StageRecord) -> Mapping[str, FileRecord]:
+    """What a stage has written into a folder of its job, where the format's own folder is another one than the stage's."""
+    below = f"{EXPORTS}/{place.name}/" if place.parent.name == EXPORTS else ""
+    inside = {name.removeprefix(below): found for name, found in record.files.items() if name.startswith(below)}
+    return {name: found for name, found in inside.items() if name != CARD}  # which is written anew after every evaluation
 
 
 def _record_of(place: Path) -> tuple[StageRecord, Path] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,23 @@ TOKENIZER_FILES = (
 )
 
 
+class _naming_tokenizer:  # noqa: N801 - stands behind "with"
+    """What a damaged tokenizer raises, as an error that names it. The Rust library has no class of its own for its errors."""
+
+    _KINDS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is Exception or isinstance(error, self._KINDS):
+            reason, source = (str(error).splitlines() or [kind.__name__])[0], self._source
+            raise DataError(f"MODEL {source.name}: the tokenizer in {source.directory} cannot be loaded ({reason}).") from error
+
+
 class Encoder:
     """Tokenises with the special tokens that the tokenizer adds by itself; where these are, ``record`` says.
 
@@ -39,11 +57,8 @@ class Encoder:
 
     def __init__(self, source: ModelSource) -> None:
         self.digest = tokenizer_digest(source)
-        try:
+        with _naming_tokenizer(source):
             self._tokenizer: PreTrainedTokenizerBase = source.tokenizer()
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"MODEL {source.name}: the tokenizer in {source.directory} cannot be loaded ({reason}).") from error
 
     @property
     def separator(self) -> int | None:

@@ -30,16 +30,18 @@ from tests.faults.warm_process import Outcome, WarmProcess
 RESUME = "To resume: "
 NOT_THE_RESULT = {"manifest.json", "metrics.jsonl", "certificate.json", "recipe.yaml", "README.md", "report.html", "wandb.json"}
 TIMES = re.compile(rb'"\w*seconds": [0-9.e-]+')
+SECOND = 0.2  # seconds after a first signal by which an impatient person has sent another
 KEY = ".key.json"  # with a dot, and meant to stay
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """A moment to stop at: the operation's number, the seconds after it, and the signal."""
+    """A moment to stop at: the operation's number, the seconds after it, the signal, and when it comes a second time."""
 
     number: int
     delay: float
     signal: signal.Signals
+    again: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.signal.name} at operation {self.number}{f' + {self.delay:.3f} s' if self.delay else ''}"
@@ -70,7 +72,9 @@ class Harness:
         argv = ("--yaml_path", str(self._recipe), f"USER_FOLDER={folder}", *self._overrides)
         return self._process.run(*argv, watch=str(folder), **options)
 
-    def jobs(self, generator: random.Random, rounds: int, each: int, signals: Sequence[signal.Signals]) -> Iterator[list[Stop]]:
+    def jobs(
+        self, generator: random.Random, rounds: int, each: int, signals: Sequence[signal.Signals], *, twice: bool = False
+    ) -> Iterator[list[Stop]]:
         """The stops of each job. The operations are cut into as many parts as there are rounds: no stage goes without."""
         total = len(self.operations)
         places = [1 + int((position + generator.random()) / rounds * total) for position in range(rounds)]
@@ -82,7 +86,9 @@ class Harness:
                 delay = generator.choice((0.0, generator.random() * gap))
                 # A job that goes on has its beginning again, and then about what was left.
                 again = self._beginning if before else 0
-                stops.append(Stop(number=again + at - before, delay=delay, signal=generator.choice(list(signals))))
+                place = again + at - before
+                second = generator.random() * SECOND if twice else 0.0
+                stops.append(Stop(number=place, delay=delay, signal=generator.choice(list(signals)), again=second))
                 before = at
             yield stops
 
@@ -99,7 +105,7 @@ class Harness:
         """
         folder = Path(tempfile.mkdtemp(dir=self._place))
         for stop in stops:
-            done = self.run(folder, stop_at=stop.number, stop_with=stop.signal, delay=stop.delay)
+            done = self.run(folder, stop_at=stop.number, stop_with=stop.signal, delay=stop.delay, again=stop.again)
             check_stopped(done, stop, folder, self.expected)
             yield f"{stop}: {whereabouts(folder)}{' (it had ended)' if done.code == 0 else ''}"
         done = self.run(folder)
@@ -183,6 +189,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--stops", type=int, default=1, help="of one job")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default=["KILL"], nargs="+")
+    parser.add_argument("--twice", action="store_true", help="each signal comes a second time, at once or a little later")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE")
     options = parser.parse_args(argv)
@@ -194,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
         said = f"seed {seed}; {len(harness.operations)} operations and {harness.seconds:.1f} s without a stop"
         sys.stdout.write(f"{said}; {len(harness.expected)} files compared\n")
         signals = [signal.Signals[f"SIG{name}"] for name in options.signal]
-        for stops in harness.jobs(generator, options.rounds, options.stops, signals):
+        for stops in harness.jobs(generator, options.rounds, options.stops, signals, twice=options.twice):
             for line in harness.job(stops):
                 met[line.rpartition(": ")[2]] += 1
                 sys.stdout.write(f"{sum(met.values()):4d} {line}\n")

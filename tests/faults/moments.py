@@ -28,17 +28,33 @@ def stop_at(order: Order) -> None:
         if trace is not None:
             what = [event, *(str(word) for word in arguments[:2] if isinstance(word, str | os.PathLike))]
             os.write(trace, (json.dumps([count, time.monotonic() - begin, *what]) + "\n").encode())
-        if count != order.stop_at:
+        if order.fail_with and count == order.stop_at:
+            raise OSError(order.fail_with, os.strerror(order.fail_with), next(map(str, arguments), None))
+        if order.fail_with or count != order.stop_at:
             return
-        if order.delay == 0:
+        waits = [order.delay] if order.delay else []
+        waits += [order.again] if order.again else []
+        if waits:
+            _signal_later(me, order.stop_with, waits)
+        if not order.delay:
             os.kill(me, order.stop_with)
-        elif os.fork() == 0:
-            time.sleep(order.delay)
-            if os.getppid() != 1:
-                os.kill(me, order.stop_with)
-            os._exit(0)
 
     sys.addaudithook(hook)
+
+
+def _signal_later(process: int, number: int, waits: list[float]) -> None:
+    """Signal a process, waiting so many seconds before each time; not while it is still busy with this fork."""
+    ready, go = os.pipe()
+    if os.fork() == 0:
+        os.read(ready, 1)
+        for seconds in waits:
+            time.sleep(seconds)
+            if os.getppid() == process:
+                os.kill(process, number)
+        os._exit(0)
+    os.write(go, b"x")
+    os.close(go)
+    os.close(ready)
 
 
 def _touches(arguments: tuple, folder: str) -> bool:

@@ -64,6 +64,46 @@ def test_a_flipped_byte_is_found_and_named_and_only_what_follows_is_made_again(r
     assert [stage for stage in before if before[stage] != times(job)[stage]] == again
 
 
+@pytest.mark.parametrize("name", ["0.safetensors", "not_quantized_weights.safetensors", "config.json"])
+def test_what_the_export_was_made_of_is_no_witness_against_it_once_it_is_damaged(run, finished, expected, name):
+    job = job_of(finished)
+    manifest = json.loads((job / "manifest.json").read_text())
+    (job / "manifest.json").write_text(json.dumps({**manifest, "certificate": None, "evaluation": None}))
+    flip(job / "tmp" / "finetune" / name)
+    done = run(finished)
+    assert done.code == 0, done.said[-3000:]
+    assert f"tmp/finetune is damaged, and is done without: {name} has other content than was written" in done.said
+    whole = {file: digest for file, digest in expected.items() if not file.startswith("tmp/finetune")}
+    assert whole.items() <= result(finished).items()
+
+
+def test_a_flipped_byte_of_an_earlier_result_is_found_by_whoever_starts_from_it(run, finished):
+    flip(job_of(finished) / "exports" / "dense" / "model.safetensors")
+    short = ["STAGES=[calibration]", "EVALUATION=null"]
+    done = run(finished, "JOB_ID=second", "MODEL=job://faults/exports/dense", *short)
+    assert done.code == 2, done.said[-3000:]
+    assert "model.safetensors has other content than was written" in done.said.strip().splitlines()[-1]
+    assert not list((finished / "jobs" / "Kompress" / "second").rglob("0.safetensors"))
+
+
+@pytest.mark.parametrize("place", ["", "tmp/calibration", "exports/dense"])
+def test_a_flipped_byte_is_found_by_whoever_scores_a_result(run_main, finished, place):
+    folder = job_of(finished) / place
+    flip(next(folder.glob("[0-9m]*.safetensors")))
+    recipe = ["--yaml_path", str(ROOT / "tests" / "faults" / "recipe.yaml"), f"USER_FOLDER={finished}"]
+    done = run_main("evaluate", *recipe, "--directory", str(folder))
+    assert done.code == 2, done.said[-3000:]
+    assert f"{folder} is damaged: " in done.said.strip().splitlines()[-1]
+
+
+def test_a_flipped_byte_is_not_uploaded(run_main, finished):
+    flip(job_of(finished) / "model.safetensors")
+    recipe = ["--yaml_path", str(ROOT / "tests" / "faults" / "recipe.yaml"), f"USER_FOLDER={finished}"]
+    done = run_main("push", *recipe, "PUSH_TO_HUB=a/b")
+    assert done.code == 2, done.said[-3000:]
+    assert "model.safetensors has other content than was written" in done.said.strip().splitlines()[-1]
+
+
 def test_a_flipped_byte_of_the_manifest_is_no_traceback(run, finished):
     path = job_of(finished) / "manifest.json"
     flip(path, at=0.0)
@@ -120,6 +160,29 @@ def test_a_sound_model_is_read_through_once(run, tmp_path, model):
     assert (first.code, second.code) == (0, 0), first.said + second.said
     assert "checking weights 2/2" in first.said
     assert "checking weights" not in second.said
+
+
+def test_a_weight_of_the_last_block_that_does_not_fit_is_found_before_the_first(run, tmp_path, model):
+    name = "model.layers.3.mlp.down_proj.weight"
+    file = read_index(model)[name]
+    tensors = load_file(model / file)
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, model / file, metadata={"format": "pt"})
+    assert_refused(run, tmp_path, model, name, file, "has the shape [128, 383]", "[128, 384]")
+
+
+@pytest.mark.parametrize("values", [{"num_hidden_layers": 5}, {"hidden_act": "nope"}, {"rms_norm_eps": float("nan")}])
+def test_a_configuration_that_does_not_fit_the_weights_is_found_before_the_first_block(run, tmp_path, model, values):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **values}))
+    assert_refused(run, tmp_path, model, "MODEL: ")
+
+
+def test_a_tokenizer_that_its_library_cannot_read_is_named(run, tmp_path, model):
+    words = json.loads((model / "tokenizer.json").read_text())
+    words["model"] = {"type": "nobody knows"}
+    (model / "tokenizer.json").write_text(json.dumps(words))
+    assert_refused(run, tmp_path, model, f"the tokenizer in {model} cannot be loaded")
 
 
 def test_a_truncated_file_is_named(run, tmp_path, model):

@@ -1,5 +1,6 @@
 """A disk without room, folders that may not be written, a cache that is gone, too little memory: said, and survived."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -63,6 +64,42 @@ def test_a_closed_folder_is_named(run, finished):
     (stage / "converted").rename(finished / "away")
     assert_said(run(finished), 2, str(stage), "Permission denied", "USER_FOLDER")
     stage.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("at", "number", "code"), [(90, errno.ENOSPC, 3), (260, errno.EIO, 3), (320, errno.EACCES, 2), (400, errno.EMFILE, 3)]
+)
+def test_an_operation_that_fails_in_any_stage_ends_the_job_with_a_sentence_and_it_resumes(
+    run, tmp_path, expected, at, number, code
+):
+    folder = tmp_path / "user"
+    done = run(folder, watch=str(folder), stop_at=at, fail_with=number)
+    assert_said(done, code, str(folder), os.strerror(number), "the same command resumes")
+    assert run(folder).code == 0
+    assert result(folder) == expected
+
+
+def test_a_result_that_goes_to_a_folder_with_more_in_it_leaves_the_rest_alone(run, tmp_path):
+    home = tmp_path / "home"
+    others = [home / name for name in ("tmp/letter.txt", "docs/.letter.partial", "docs/.tmpAbCdEf", "jobs/.log.7.partial")]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    short = ["llm.AQLM.finetune_config=null", "EVALUATION=null", "llm.AQLM.save_intermediate_results=false"]
+    done = run(tmp_path / "user", f"MODEL_PATH={home}", *short)
+    assert done.code == 0, done.said[-3000:]
+    assert {path: path.is_file() and path.read_text() for path in others} == dict.fromkeys(others, "mine")
+    assert [path.name for path in (home / "tmp").iterdir()] == ["letter.txt"]
+    assert (home / "config.json").is_file()
+
+
+def test_a_folder_of_somebody_elses_is_not_replaced_by_a_stages_result(run, tmp_path):
+    letter = tmp_path / "home" / "tmp" / "calibration" / "letter.txt"
+    letter.parent.mkdir(parents=True)
+    letter.write_text("mine")
+    done = run(tmp_path / "user", f"MODEL_PATH={tmp_path / 'home'}")
+    assert_said(done, 2, str(letter.parent), "MODEL_PATH")
+    assert letter.read_text() == "mine"
 
 
 @pytest.mark.parametrize("gone", [[".cache", "logs"], ["tmp/tokenized_dataset"], ["tmp"]])

@@ -35,9 +35,9 @@ class Order:
     """What a child does: ``argv`` of main.py, or of ``module``.
 
     ``limits`` are names of resource limits with their bytes, and ``spare`` the bytes of address space beyond what the child has
-    when it starts. ``watch`` is the folder whose file
-    operations are counted; at number ``stop_at`` the child gets ``stop_with``, ``delay`` seconds later. ``trace`` names a file
-    for the times of all operations.
+    when it starts. ``watch`` is the folder whose file operations are counted; at number ``stop_at`` the child gets
+    ``stop_with``, ``delay`` seconds later, and once more ``again`` seconds after that. Where ``fail_with`` is a number of
+    ``errno``, that operation fails with it instead. ``trace`` names a file for the times of all operations.
     """
 
     argv: Sequence[str]
@@ -49,6 +49,8 @@ class Order:
     stop_at: int = 0
     stop_with: int = signal.SIGKILL
     delay: float = 0.0
+    again: float = 0.0
+    fail_with: int = 0
     trace: str = ""
     seconds: float = 120.0
     output: str = ""
@@ -176,6 +178,7 @@ def _obey(order: Order, place: Path) -> int:
 
 def _run_main(order: Order, place: Path) -> int:
     import main
+    from jobs.execution.interruption import ignore_stops
     from jobs.reporting import certificate
     from tests.faults.moments import stop_at
 
@@ -185,9 +188,12 @@ def _run_main(order: Order, place: Path) -> int:
     if order.spare:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + order.spare, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background processes ignore it
     if order.watch:
         stop_at(order)
-    return main.main(list(order.argv))
+    code = main.main(list(order.argv))
+    ignore_stops()  # as main.py does when it is the program
+    return code
 
 
 class _Errands:

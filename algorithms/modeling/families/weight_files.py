@@ -16,7 +16,7 @@ class ModelError(ValueError):
     """A model folder that cannot be used as it is; the message says what is wrong with which file."""
 
 
-def opened(file: Path) -> safe_open:
+def open_weights(file: Path) -> safe_open:
     """A weight file, whose head tells its own size.
 
     Raises:

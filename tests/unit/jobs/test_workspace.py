@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import DataError
+from jobs.results.artifacts import clear_results
 from jobs.workspace import JobLock, JobLockedError, check_name, inside, open_workspace
 from tests.support.envelopes import envelope
 
@@ -173,6 +174,30 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in (*gone, gone[-1].parent, gone[-2].parent) if path.exists()] == []
     assert (job / "a link").is_symlink()
+
+
+def test_what_is_no_jobs_is_left_alone_where_the_result_goes_to_a_folder_with_more_in_it(tmp_path):
+    here = workspace(tmp_path)
+    here.create()
+    others = [here.job_dir / name for name in ("docs/.letter.partial", "docs/.tmpAbCdEf", "jobs/x/.manifest.json.12.partial")]
+    others += [here.tmp_dir / "letter.txt", here.tmp_dir / "mine" / "0.json"]
+    ours = [here.tmp_dir / name for name in ("calibration/0.json", ".calibration.partial/0.json", "tokenized_dataset/a/b")]
+    for path in [*others, *ours]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    here.sweep()
+    clear_results(here, ["calibration", "converted"])
+    assert [path for path in others if not path.exists()] == []
+    assert sorted(here.tmp_dir.iterdir()) == [here.tmp_dir / "letter.txt", here.tmp_dir / "mine"]
+
+
+def test_a_folder_of_intermediate_results_alone_goes_with_them(tmp_path):
+    here = workspace(tmp_path)
+    here.create()
+    here.stage_dir("calibration").mkdir()
+    clear_results(here, ["calibration"])
+    assert here.job_dir.is_dir()
+    assert not here.tmp_dir.exists()
 
 
 def test_a_lock_that_a_dead_process_still_seems_to_hold_is_waited_for(tmp_path, monkeypatch):

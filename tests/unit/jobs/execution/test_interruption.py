@@ -31,6 +31,37 @@ def test_a_stop_signal_becomes_an_exception_and_a_second_one_is_left_alone():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_until_the_outer_block_ends_a_second_stop_is_left_alone(number):
+    before, tidied = signal.getsignal(number), []
+
+    @interruptible()
+    def work():
+        try:
+            with interruptible(), interruptible():
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            tidied.append(True)
+
+    with pytest.raises(JobInterrupted):
+        work()
+    assert tidied
+    assert signal.getsignal(number) is before
+
+
+def test_what_a_shell_has_its_background_ignore_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_no_handler_of_ordinary_errors_swallows_it():
     assert not issubclass(JobInterrupted, Exception)
     with pytest.raises(KeyboardInterrupt), interruptible():

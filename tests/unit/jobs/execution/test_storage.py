@@ -35,6 +35,12 @@ def test_a_closed_folder_names_the_keys_that_move_it(loaded, number):
         raise OSError(number, os.strerror(number), "/there")
 
 
+@pytest.mark.parametrize(("number", "advice"), [(errno.EIO, "does not answer"), (errno.EMFILE, "ulimit -n")])
+def test_a_failing_disk_and_too_many_files_are_no_traceback(loaded, number, advice):
+    with pytest.raises(MissingEnvironmentError, match=f"^/there: {os.strerror(number)}.*{advice}"), naming_places(loaded):
+        raise OSError(number, os.strerror(number), "/there")
+
+
 def unreadable(number):
     """An error with advice that was made from one of the system's."""
     error = DataError("the text cannot be read")

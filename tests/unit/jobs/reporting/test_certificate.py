@@ -3,6 +3,7 @@ import sys
 import pytest
 import torch
 
+from configs.errors import DataError
 from jobs.reporting.certificate import TIE_MARGIN, Verdict, certificate_windows, certify, compare_outputs
 from tests.support.fake_algorithm import VOCABULARY, FakeSource, TableModel, base_table
 
@@ -95,3 +96,25 @@ def test_windows_are_the_heads_of_the_first_sequences():
     assert drawn.shape == (4, 64)
     assert 0 <= drawn.min() <= drawn.max() < VOCABULARY
     assert torch.equal(drawn, certificate_windows([], VOCABULARY))
+
+
+def test_a_model_that_says_the_same_of_every_token_can_be_certified():
+    logits = torch.zeros(1, 4, 5)
+    assert compare_outputs(logits, logits[:, :2], torch.tensor([[0, 0]])) == (0, 0, 0)
+    assert compare_outputs(logits, logits[:, :2] + 0.1, torch.tensor([[0, 0]]))[0] > 1e9
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise SystemExit('Error while serializing: I/O error: No space left on device (os error 28)')", "No space left"),
+        ("raise MemoryError", "ran out of memory"),
+        ("raise RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried')", "ran out of memory"),
+        ("import os; os.kill(os.getpid(), 9)", "ran out of memory: it ended with -9"),
+    ],
+)
+def test_a_client_without_room_is_no_verdict(tmp_path, program, said):
+    scratch, command = tmp_path / "scratch", [sys.executable, "-c", program]
+    with pytest.raises(DataError, match=said):
+        certify({"dense": tmp_path}, WINDOWS, pytest.fail, scratch_dir=scratch, command=lambda *arguments: command)
+    assert not scratch.exists()

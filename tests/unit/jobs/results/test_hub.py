@@ -151,7 +151,7 @@ def test_a_dry_run_lists_what_would_be_sent_and_opens_nothing(tmp_path):
 def test_a_file_that_has_changed_since_is_not_sent(tmp_path):
     run(tmp_path, Hub(), envelope={})
     (job_dir(tmp_path) / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(DataError, match=r"model\.safetensors changed or gone"):
+    with pytest.raises(DataError, match=r"model\.safetensors has 5 bytes, .* were written since the job"):
         push_result(recipe(tmp_path, envelope=ASKED), parts=parts(tmp_path, open_hub=Hub()))
 
 
