@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -13,9 +14,13 @@ from typing import Any
 from algorithms.modeling.files import atomic_write_json
 from configs.errors import DataError
 from jobs.estimation.prediction import Prediction
-from jobs.results.artifacts import FileRecord
+from jobs.results.artifacts import FileRecord, canonical_digest
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
+_DIGEST = "digest"  # of everything else in the file
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)
 
 
 class Status(StrEnum):
@@ -139,7 +144,9 @@ class ManifestFile:
     def update(self, **changes: object) -> None:
         """Replace fields of the manifest and write it."""
         self.current = replace(self.current, **changes)  # type: ignore[arg-type]  # replace itself refuses other fields
-        atomic_write_json(self.path, {"format": FORMAT, **asdict(self.current)})
+        content = {"format": FORMAT, **asdict(self.current)}
+        for path in (self.path, _copy_of(self.path)):
+            atomic_write_json(path, {**content, _DIGEST: canonical_digest(content)})
 
     def record(self, name: str, record: StageRecord) -> None:
         """Replace one stage's record and write the manifest."""
@@ -162,23 +169,40 @@ class ManifestFile:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest at ``path``, or an empty one where there is none.
+    """The manifest at ``path``, or an empty one where there is none. A damaged one is read from its copy.
 
     Raises:
-        DataError: the file is not a manifest that this version can read.
+        DataError: neither is a manifest that this version can read.
     """
     if not path.is_file():
         return Manifest()
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.pop("format") != FORMAT:
-            raise ValueError("it was written by another version of Bitpress")
-        return _manifest(raw)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{path} cannot be read as a manifest: {error}. Choose another JOB_ID, or move the whole folder "
-            f"{path.parent} away: every stage of the job then runs again."
-        ) from error
+        return _read(path)
+    except _UNREADABLE as error:
+        try:
+            manifest = _read(_copy_of(path))
+        except (OSError, *_UNREADABLE):
+            raise DataError(
+                f"{path} cannot be read as a manifest: {error}. Choose another JOB_ID, or move the whole folder "
+                f"{path.parent} away: every stage of the job then runs again."
+            ) from error
+        logger.warning("%s is damaged (%s); its copy %s is used.", path, error, _copy_of(path).name)
+        return manifest
+
+
+def _copy_of(path: Path) -> Path:
+    """Where the same is written once more: all that a job knows of its results hangs on this file."""
+    return path.with_name(f".{path.name}.copy")
+
+
+def _read(path: Path) -> Manifest:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    digest = raw.pop(_DIGEST, None)  # manifests from before there was one lack the key
+    if digest is not None and digest != canonical_digest(raw):
+        raise ValueError("it is not what was written")
+    if raw.pop("format") != FORMAT:
+        raise ValueError("it was written by another version of Bitpress")
+    return _manifest(raw)
 
 
 def now() -> str:

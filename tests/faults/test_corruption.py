@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from jobs.manifest import ManifestFile
 from tests.faults.kill import job_of, result
 from tests.faults.warm_process import ROOT
 
@@ -67,8 +68,7 @@ def test_a_flipped_byte_is_found_and_named_and_only_what_follows_is_made_again(r
 @pytest.mark.parametrize("name", ["0.safetensors", "not_quantized_weights.safetensors", "config.json"])
 def test_what_the_export_was_made_of_is_no_witness_against_it_once_it_is_damaged(run, finished, expected, name):
     job = job_of(finished)
-    manifest = json.loads((job / "manifest.json").read_text())
-    (job / "manifest.json").write_text(json.dumps({**manifest, "certificate": None, "evaluation": None}))
+    ManifestFile(job / "manifest.json").update(certificate=None, evaluation=None)
     flip(job / "tmp" / "finetune" / name)
     done = run(finished)
     assert done.code == 0, done.said[-3000:]
@@ -104,9 +104,23 @@ def test_a_flipped_byte_is_not_uploaded(run_main, finished):
     assert "model.safetensors has other content than was written" in done.said.strip().splitlines()[-1]
 
 
-def test_a_flipped_byte_of_the_manifest_is_no_traceback(run, finished):
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.6, 0.97])
+def test_a_flipped_byte_of_the_manifest_is_found_and_nothing_is_lost(run, finished, expected, at):
+    job = job_of(finished)
+    path, before = job / "manifest.json", times(job)
+    flip(path, at=at)
+    done = run(finished)
+    assert done.code == 0, done.said
+    assert f"{path} is damaged" in done.said
+    assert result(finished) == expected
+    assert times(job) == before
+    assert f"{path} is damaged" not in run(finished).said  # it is written anew
+
+
+def test_a_manifest_that_is_damaged_with_its_copy_is_named(run, finished):
     path = job_of(finished) / "manifest.json"
-    flip(path, at=0.0)
+    flip(path, at=0.5)
+    flip(path.with_name(".manifest.json.copy"), at=0.5)
     done = run(finished)
     assert done.code == 2
     assert str(path) in done.said

@@ -313,7 +313,8 @@ def test_a_lost_certificate_is_written_again(tmp_path, damage):
 
 def test_what_is_said_about_an_unreadable_manifest_works(tmp_path):
     run(tmp_path)
-    (job_dir(tmp_path) / "manifest.json").write_text("{")
+    for name in ("manifest.json", ".manifest.json.copy"):
+        (job_dir(tmp_path) / name).write_text("{")
     with pytest.raises(DataError, match="move the whole folder") as caught:
         run(tmp_path)
     assert f"{job_dir(tmp_path)} away" in str(caught.value)
