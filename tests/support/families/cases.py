@@ -54,6 +54,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "opt-gelu-norms-behind": ("opt", {**_OPT, "activation_function": "gelu", "do_layer_norm_before": False}),
     "gpt_neox": ("gpt_neox", dict(_NEOX)),
     "gpt_neox-one-by-one": ("gpt_neox", {**_NEOX, "use_parallel_residual": False}),
+    "seed_oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "use_sliding_window": True, "pad_token_id": 0, **_WINDOWS}),
 }
 
