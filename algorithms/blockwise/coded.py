@@ -20,6 +20,8 @@ from algorithms.formats.storage import to_storage
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_loop import BlockData
+from algorithms.modeling.mixtures.deferred import defer, restore
+from algorithms.modeling.mixtures.experts import READER
 from algorithms.modeling.transforms.serving import AS_IT_IS, Serving
 from algorithms.numerics.information.rate_distortion import rates
 from algorithms.numerics.randomness import keyed_generator
@@ -161,6 +163,8 @@ class CodedCompressor(Generic[Weight]):
                 "bits": {**bits, "parameters": finished.weight.numel()},
             }
             modules[name] = finished
+            if READER in vars(linear):
+                defer(finished, stored.dequantize)
             if self.tunes:
                 wanted = [part.wanted for part in mine if part.wanted is not None]
                 modules[name] = self._method.tunable(stored, torch.cat(wanted), linear.bias)
@@ -231,7 +235,7 @@ class CodedCompressor(Generic[Weight]):
 
     def restore_block(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Dense float32 linears with the stored values."""
-        block.load_state_dict(self._method.dense_state(tensors), assign=True)
+        restore(block, tensors, self._method.dense_state)
         block.requires_grad_(False)
         self._serve(block)
 

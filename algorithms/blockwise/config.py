@@ -64,6 +64,9 @@ class BlockwiseParameters(AlgorithmParameters):
     # sequences whose original hidden states are followed; null: 24 tokens for each input of the widest linear, all with tuning
     reference_samples: OptionalCount = None
     true_sequential: Flag = False
+    # an expert of a mixture that is given fewer tokens is calibrated on all; null: a quarter of an expert's mean, at most one a
+    # feature of its input
+    min_expert_tokens: OptionalCount = None
     block_tuning: BlockTuningConfig | None = None
 
     # how it runs
@@ -93,6 +96,8 @@ class BlockwiseParameters(AlgorithmParameters):
         settings = {name: value for name, value in dumped.items() if name not in NOT_SHAPING and name not in self.inert}
         if self.targets == "original":
             settings.pop("true_sequential")  # implied
+        if self.min_expert_tokens is None:
+            settings.pop("min_expert_tokens")
         if self.targets != "original" or self.block_tuning is not None:
             settings.pop("reference_samples")  # none is followed, or all are
         if self.block_tuning is not None:

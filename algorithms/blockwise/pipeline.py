@@ -117,6 +117,7 @@ class Pipeline(Generic[Weight]):
             follows_original=config.targets == "original",
             reference_sequences=followed_sequences(config, source, tunes=config.block_tuning is not None),
             sequential=config.true_sequential,
+            min_expert_tokens=config.min_expert_tokens,
             sequence_length=config.sequence_length,
             dtype=config.dtype,
             offload=config.offload_activations,

@@ -39,7 +39,8 @@ class Calibration:
     ``name`` is shown to the user, ``kind`` marks the artifact. ``follows_original`` takes targets from the original model's own
     hidden states, for ``reference_sequences`` of the sequences (None: all, as block tuning needs them); ``sequential`` gathers
     statistics group by group. Hidden states are kept in ``dtype``, on the CPU with ``offload``. ``facts`` makes of all blocks'
-    reports what a reader of the folder must know, for calibration.json.
+    reports what a reader of the folder must know, for calibration.json. ``min_expert_tokens``: see
+    :func:`algorithms.modeling.mixtures.routing.count_routed`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Calibration:
     sequence_length: int
     dtype: str = "auto"
     offload: bool = True
+    min_expert_tokens: int | None = None
     facts: Callable[[Sequence[Mapping[str, object]]], Mapping[str, object]] = lambda reports: {}
 
 
@@ -81,6 +83,7 @@ def calibrate(context: StageContext, source: ModelSource, compressor: BlockCompr
             device=context.device,
             on_block=_on_block,
             ranks=ranks,
+            min_expert_tokens=how.min_expert_tokens,
         )
     digest = ""
     if ranks.is_main:

@@ -87,9 +87,10 @@ def write_checkpoint(
     """
     source = calibrated.source
     writer = ShardWriter(directory)
-    writer.add(calibrated.outside())
+    writer.add({source.stored_as(name): tensor for name, tensor in calibrated.outside().items()})
     for index, tensors in calibrated.blocks():
-        writer.add({source.block_prefix(index) + name: tensor for name, tensor in transform(tensors).items()})
+        prefix = source.block_prefix(index)
+        writer.add({source.stored_as(prefix + name): tensor for name, tensor in transform(tensors).items()})
     writer.close()
     copy_companions(calibrated.directory, directory)
     settings = {**(source.raw_config() if config is None else config), "dtype": "float16", "torch_dtype": "float16"}

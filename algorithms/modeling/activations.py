@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from algorithms.modeling.mixtures.deferred import is_deferred
+from algorithms.modeling.mixtures.experts import in_step
+from algorithms.modeling.mixtures.pacing import run_paced
 from algorithms.modeling.source import ModelSource
 
 
@@ -97,14 +101,14 @@ class Activations:
     @torch.no_grad()
     def through(self, block: nn.Module, index: int) -> Activations:
         """What block ``index`` makes of these hidden states."""
-        outputs = [self._keep(self.arguments.run(block, index, batch), place) for place, batch in enumerate(self)]
+        outputs = [self._keep(output, place) for place, output in enumerate(self._outputs(block, index))]
         return replace(self, batches=outputs)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the hidden states by what block ``index`` makes of them, batch by batch: no second copy is held."""
         with torch.no_grad():
-            for place, batch in enumerate(self):
-                self.take(place, self.arguments.run(block, index, batch))
+            for place, output in enumerate(self._outputs(block, index)):
+                self.take(place, output)
 
     def take(self, place: int, outputs: Tensor) -> None:
         """Replace one batch by what a block has made of it."""
@@ -113,6 +117,18 @@ class Activations:
     def copy(self) -> Activations:
         """A second list over the same tensors, which ``advance`` on either leaves to the other."""
         return replace(self, batches=list(self.batches))
+
+    def _outputs(self, block: nn.Module, index: int) -> Iterator[Tensor]:
+        """A block's outputs; where its experts are read when they are needed, each is read once for all batches."""
+        runs = [partial(self._run, block, index, batch) for batch in self.batches]
+        if not is_deferred(block):
+            yield from (run() for run in runs)
+            return
+        with in_step(block):
+            yield from run_paced(runs)
+
+    def _run(self, block: nn.Module, index: int, batch: Tensor) -> Tensor:
+        return self.arguments.run(block, index, self.compute(batch))
 
     def _keep(self, outputs: Tensor, place: int) -> Tensor:
         dtype = self.batches[place].dtype

@@ -19,6 +19,7 @@ from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.group_walk import GroupWalk, linear_at
+from algorithms.modeling.mixtures.routing import Routing
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import ALONE, Ranks, moved
@@ -128,17 +129,22 @@ def compress_blockwise(
     device: torch.device,
     on_block: Callable[[int, Mapping[str, object]], None],
     ranks: Ranks = ALONE,
+    min_expert_tokens: int | None = None,
 ) -> None:
     """Compress every block that ``store`` does not hold yet, in order, and store it.
 
     ``sequential`` gathers each input group's statistics after the earlier groups of the same block were replaced, which a
     reference implies. Without ``streams`` no data is used at all. ``on_block`` hears of each block with its report. Of several
     ``ranks``, whose streams are parts of the same text, rank 0 alone reads and writes the store.
+
+    Unless blocks are tuned, experts of a mixture are read, compressed and decoded in turn: a block needs the memory of
+    one of them, and of the codes of all. ``min_expert_tokens``: see
+    :func:`algorithms.modeling.mixtures.routing.count_routed`.
     """
     last = source.num_blocks - 1
     blocks = _SharedStore(store, ranks, device)
     for index in range(source.num_blocks):
-        block, stored = source.load_block(index, device=device), blocks.load(index)
+        block, stored = source.load_block(index, device=device, late_experts=not compressor.tunes), blocks.load(index)
         if stored is not None:
             tensors, report = stored
             if streams is not None and index < last:
@@ -149,7 +155,8 @@ def compress_blockwise(
             report = _compress_without_data(source.architecture, compressor, block, index, blocks)
         else:
             in_order = sequential or streams.reference is not None
-            step = _BlockStep(source.architecture, compressor, streams, index, index == last, in_order, ranks)
+            is_last = index == last
+            step = _BlockStep(source.architecture, compressor, streams, index, is_last, in_order, ranks, min_expert_tokens)
             report = step.compress(block, blocks)
         on_block(index, report)
 
@@ -192,6 +199,7 @@ class _BlockStep:
     is_last: bool
     in_order: bool
     ranks: Ranks
+    min_expert_tokens: int | None
 
     def compress(self, block: nn.Module, store: _SharedStore) -> Mapping[str, object]:
         """Compress and store the block, and let the streams pass it; returns its report."""
@@ -220,20 +228,35 @@ class _BlockStep:
             current=training.copy(),
             reference=None if reference is None else reference.copy(),
             ranks=self.ranks,
+            min_expert_tokens=self.min_expert_tokens,
         )
-        groups = self.architecture.input_groups
         with walk:
             # In order, a group's statistics are taken when those before it are compressed; else when none is.
-            gathered = (walk.statistics(group) for group in groups)
-            for group, statistics in zip(groups, gathered if self.in_order else list(gathered), strict=True):
+            gathered = (walk.statistics(group) for group in walk.groups)
+            for group, statistics in zip(walk.groups, gathered if self.in_order else list(gathered), strict=True):
                 for name, module in self._compressed({name: walk.linear(name) for name in group}, statistics).items():
                     walk.replace(name, module)
+            routed = self._note_routing(walk.routing)
             if reference is not None:
                 for place, output in enumerate(walk.reference_outputs()):
                     reference.take(place, output)
                 held_out.advance(original, self.index)
             takes_outputs = self.in_order and not self.compressor.tunes and not (self.is_last and reference is None)
-            return _take_outputs(walk, training, reference, self.ranks) if takes_outputs else {}
+            return {**routed, **(_take_outputs(walk, training, reference, self.ranks) if takes_outputs else {})}
+
+    def _note_routing(self, routing: Routing | None) -> dict[str, object]:
+        """For the block's report; experts that had to be given all tokens are named."""
+        if routing is None:
+            return {}
+        if routing.starved:
+            few = ", ".join(f"{number} ({routing.tokens[number]})" for number in sorted(routing.starved))
+            logger.warning(
+                "block %d: experts that are given fewer than %d tokens are calibrated on all: %s",
+                self.index,
+                routing.floor,
+                few,
+            )
+        return {"experts": routing.report()}
 
     def _compressed(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics) -> Mapping[str, nn.Module]:
         if statistics.num_skipped:
@@ -268,7 +291,7 @@ def _compress_without_data(
     architecture: ModelArchitecture, compressor: BlockCompressor, block: nn.Module, index: int, store: _SharedStore
 ) -> Mapping[str, object]:
     compressor.prepare_block(index, block, None)
-    for group in architecture.input_groups:
+    for group in architecture.groups_in(block):
         linears = {name: linear_at(block, name) for name in group}
         for name, module in compressor.compress_group(index, linears, None).items():
             block.set_submodule(name, module)

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.lockstep import BlockWalk
+from algorithms.modeling.mixtures.deferred import take
+from algorithms.modeling.mixtures.routing import Routing, stops
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.parallel.ranks import ALONE, Ranks
 
 
 def linear_at(block: nn.Module, name: str) -> nn.Linear:
-    """A linear of a block by the architecture table's path."""
+    """A linear of a block by the architecture table's path, with its weights."""
+    take(block, name)
     return _checked(name, block.get_submodule(name))
 
 
@@ -43,6 +46,7 @@ class GroupWalk:
         current: hidden states of the compressed prefix.
         reference: those of the original model for the same tokens, for the first batches at least; or None.
         ranks: which walk the same block, each with its own part of the tokens.
+        min_expert_tokens: see :func:`algorithms.modeling.mixtures.routing.count_routed`.
     """
 
     def __init__(
@@ -55,9 +59,12 @@ class GroupWalk:
         current: Activations,
         reference: Activations | None,
         ranks: Ranks = ALONE,
+        min_expert_tokens: int | None = None,
     ) -> None:
-        self._ranks = ranks
-        leaders = [group[0] for group in architecture.input_groups]
+        self._ranks, self._architecture, self._min_expert_tokens = ranks, architecture, min_expert_tokens
+        self.groups = architecture.groups_in(block)
+        self.routing: Routing | None = None  # of the block's mixture, once the walk is there
+        leaders = stops(self.groups, architecture)
         writers = [name for name in leaders if name in architecture.residual_writers]
         self._writers = () if reference is None else writers
         self._is_behind_writer = False
@@ -80,10 +87,13 @@ class GroupWalk:
 
     def statistics(self, group: Sequence[str]) -> InputStatistics:
         """Statistics of the next group's input over the tokens of all ranks; the groups are asked for in their order."""
-        linear = self.linear(group[0])
+        architecture = self._architecture
+        if self.routing is None and architecture.experts is not None and architecture.is_expert(group[0]):
+            self.routing = self._walk.route(architecture.experts, self._ranks, self._min_expert_tokens)
+        linear = _checked(group[0], self._walk.peek(group[0]))
         corrects = group[0] in self._writers
         statistics = InputStatistics(
-            linear.in_features, linear.weight.device, out_features=linear.out_features if corrects else None
+            linear.in_features, self._current.device, out_features=linear.out_features if corrects else None
         )
         # The reference may have fewer batches; the original's walk is consumed to its end whichever ends first.
         wanted = self._wanted() if corrects else iter(())

@@ -28,7 +28,8 @@ from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.families.stored_names import StoredTensor, stored_name, stored_tensors
 from algorithms.modeling.families.table import architecture_for
 from algorithms.modeling.files import file_digest, fingerprint
-from algorithms.modeling.mixtures.experts import separate_experts
+from algorithms.modeling.mixtures.deferred import Reader, defer_experts
+from algorithms.modeling.mixtures.experts import READER, separate_experts
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,14 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if outside:
         raise ModelError(f"MODEL: {index} names {outside[0]!r}, which is no file of its folder. Do not use this model.")
     return files
+
+
+def _move(module: nn.Module, device: torch.device | str) -> None:
+    """A module's own parameters and buffers to a device, none of its children's."""
+    for name, parameter in module.named_parameters(recurse=False):
+        module._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        module._buffers[name] = buffer.to(device)
 
 
 def _read(handle: safe_open, stored: StoredTensor) -> Tensor:
@@ -272,15 +281,39 @@ class ModelSource:
         """Name prefix of a block's parameters, with the closing dot."""
         return f"{self.architecture.blocks}.{index}."
 
-    def load_block(self, index: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+    def load_block(
+        self,
+        index: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        late_experts: bool = False,
+    ) -> nn.Module:
         """One block with its weights, in evaluation mode, without gradients.
+
+        With ``late_experts``, weights of experts are read when they compute
+        (:mod:`algorithms.modeling.mixtures.deferred`): the block needs the memory of one of them.
 
         Raises:
             ModelError: a weight of the block is missing or holds NaN or infinity.
         """
         block = copy.deepcopy(self._template.get_submodule(f"{self.architecture.blocks}.{index}"))
-        self._fill(block, self.block_prefix(index), dtype)
-        return block.to(device).eval().requires_grad_(False)
+        prefix = self.block_prefix(index)
+        if late_experts:
+            defer_experts(block, lambda name: self._reader(f"{prefix}{name}.weight", dtype, device))
+        self._fill(block, prefix, dtype)
+        for module in block.modules():
+            if READER not in vars(module):
+                _move(module, device)
+        return block.eval().requires_grad_(False)
+
+    def _reader(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Reader:
+        return lambda: self._checked(name, self.tensors([name], dtype)[name]).to(device)
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"MODEL: {name} in {self.directory} holds NaN or infinity; the checkpoint is damaged.")
+        return tensor
 
     def outside_names(self) -> tuple[str, ...]:
         """Names of the model's stored tensors that belong to no block: embeddings, final norm, an untied head.
@@ -341,9 +374,9 @@ class ModelSource:
 
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, tied_to: str | None = None) -> None:
         stored = tied_to or prefix
-        names = [f"{stored}{name}" for name, _ in module.named_parameters(recurse=True)]
+        late = {f"{name}.weight" for name, part in module.named_modules() if READER in vars(part)}
+        names = [f"{stored}{name}" for name, _ in module.named_parameters(recurse=True) if name not in late]
         state = {name.removeprefix(stored): tensor for name, tensor in self.tensors(names, dtype).items()}
         for name, tensor in state.items():
-            if not torch.isfinite(tensor).all():
-                raise ModelError(f"MODEL: {prefix}{name} in {self.directory} holds NaN or infinity; the checkpoint is damaged.")
+            self._checked(f"{prefix}{name}", tensor)
         module.load_state_dict(state, strict=False, assign=True)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from algorithms.modeling.mixtures.pacing import pause
 
+READER = "read_weight"  # attribute of a linear whose weight is read when its expert computes
+
 
 class Expert(nn.Module):
     """One gated MLP: down(act(gate(x)) * up(x))."""
@@ -35,16 +37,21 @@ class Experts(nn.ModuleList):
     """All experts of a block.
 
     Attributes:
+        hidden: features of a token, H.
         everywhere: numbers of experts that compute all tokens, of which the routed ones count: so that who gathers
             statistics of an expert that is given few tokens sees more.
         in_step: whether every expert is called, be it for no token, and forwards on their way halt before each
             (:mod:`algorithms.modeling.mixtures.pacing`), so that one expert's weights are needed at a time.
+        is_deferred: whether weights are read when an expert computes (:mod:`algorithms.modeling.mixtures.deferred`).
     """
 
     def __init__(self, experts: list[Expert]) -> None:
         super().__init__(experts)
+        self.hidden = experts[0].gate_proj.in_features
         self.everywhere: frozenset[int] = frozenset()
         self.in_step = False
+        self.is_deferred = False
+        self._taken: int | None = None
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Tokens [n, H] to [n, H]: for each token the sum over its chosen experts [n, k], times their weights [n, k]."""
@@ -55,9 +62,29 @@ class Experts(nn.ModuleList):
                 continue
             if self.in_step:
                 pause()
+            self.take(number)
             outputs = expert(hidden)[tokens] if number in self.everywhere else expert(hidden[tokens])
             total.index_add_(0, tokens, (outputs * weights[tokens, places, None]).to(total.dtype))
         return total
+
+    def take(self, number: int) -> None:
+        """Have the weights of one expert; of those that are read when they are needed, another's are forgotten."""
+        if self._taken not in (None, number):
+            for linear in _deferred(self[self._taken]):
+                forget(linear)
+        self._taken = number
+        for linear in _deferred(self[number]):
+            if linear.weight.is_meta:
+                linear.weight = nn.Parameter(vars(linear)[READER](), requires_grad=False)
+
+
+def forget(linear: nn.Linear) -> None:
+    """Leave of a linear's weight its shape."""
+    linear.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)
+
+
+def _deferred(expert: nn.Module) -> list[nn.Linear]:
+    return [module for module in expert.modules() if READER in vars(module)]
 
 
 @contextmanager

@@ -26,15 +26,19 @@ def pause() -> None:
         here.parent.switch(_PAUSED)
 
 
-def paced(forwards: Sequence[PacedForward]) -> Iterator[Tensor]:
-    """What each of ``forwards`` hands over next, or returns, in order, once all have passed the same pauses."""
-    waiting = list(forwards)
+def paced(forwards: Sequence[PacedForward], on_switch: Callable[[int], None] = lambda place: None) -> Iterator[Tensor]:
+    """What each of ``forwards`` hands over next, or returns, in order, once all have passed the same pauses.
+
+    ``on_switch`` hears the number of each before it goes on.
+    """
+    waiting = list(enumerate(forwards))
     while waiting:
         paused = []
-        for forward in waiting:
+        for place, forward in waiting:
+            on_switch(place)
             handed = forward.switch()
             if handed is _PAUSED:
-                paused.append(forward)
+                paused.append((place, forward))
             else:
                 yield handed
         assert len(paused) in (0, len(waiting)), "forwards of one block do not halt at different places"

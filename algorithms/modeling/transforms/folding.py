@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.modeling.architecture import ModelArchitecture
+from algorithms.modeling.mixtures.deferred import change_weight
 
 _STORAGE = torch.float16  # in which norms and biases are stored, so that what a factor becomes in them is known
 
@@ -82,11 +83,11 @@ def fold(block: nn.Module, architecture: ModelArchitecture, leader: str, scales:
         feeder = block.get_submodule(architecture.feeders[leader])
         rows = feeder_rows(block, architecture, leader).to(scales.device)
         factors = torch.ones(feeder.weight.shape[0], device=scales.device).index_copy_(0, rows, scales.float())
-        feeder.weight /= factors[:, None]
+        change_weight(feeder, lambda weight: weight / factors[:, None])
         if feeder.bias is not None:
             feeder.bias /= factors
     for name in group_of(architecture, leader):
-        block.get_submodule(name).weight *= scales
+        change_weight(block.get_submodule(name), lambda weight: weight * scales)
 
 
 def _divide_norm(norm: nn.Module, scales: Tensor, offset: float) -> Tensor:

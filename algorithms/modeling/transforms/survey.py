@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.lockstep import BlockWalk
+from algorithms.modeling.mixtures.routing import stops
 from algorithms.modeling.source import NOTHING_FINITE, ModelError
 from algorithms.numerics.statistics import InputStatistics, is_usable
 from algorithms.parallel.ranks import ALONE, Ranks
@@ -40,46 +42,66 @@ class ChannelStatistics:
 
 
 def survey(
-    block: nn.Module, index: int, inputs: Activations, architecture: ModelArchitecture, ranks: Ranks = ALONE
-) -> dict[str, ChannelStatistics]:
-    """Statistics by the first linear of each group, over the sequences of all ranks; the block stays as it is.
+    block: nn.Module,
+    index: int,
+    inputs: Activations,
+    architecture: ModelArchitecture,
+    ranks: Ranks = ALONE,
+    *,
+    min_expert_tokens: int | None = None,
+) -> Iterator[tuple[str, ChannelStatistics, list[Tensor]]]:
+    """The first linear of each group, statistics of its input over the sequences of all ranks, and the group's weights.
 
-    Tokens that no statistics can be made of (``is_usable``) are left out.
+    The block stays as it is, and is not to be computed before the last group has come: its forwards are on their way. Tokens
+    that no statistics can be made of (``is_usable``) are left out.
 
     Raises:
         ModelError: none was left.
     """
-    leaders = [group[0] for group in architecture.input_groups]
-    widths = {leader: block.get_submodule(leader).weight.shape[1] for leader in leaders}
     few = -(-_SAMPLED // max(1, len(inputs.batches) * ranks.size))
-    found = {}
-    with BlockWalk(block, index, inputs, leaders) as walk:
-        for leader in leaders:
-            statistics = InputStatistics(widths[leader], inputs.device)
-            sizes, largest = (torch.zeros(widths[leader], device=inputs.device, dtype=torch.float64) for _ in range(2))
-            sampled = [largest.new_empty(0, widths[leader], dtype=torch.float32)]
-            for batch in walk.next_stop():
-                statistics.update(batch)
-                tokens = batch.flatten(0, -2)
-                tokens = tokens[is_usable(tokens.float())]
-                sizes += tokens.abs().sum(0, dtype=torch.float64)
-                if tokens.shape[0]:
-                    largest = torch.maximum(largest, tokens.abs().amax(0).double())
-                sampled.append(tokens[:: max(1, tokens.shape[0] // few)][:few])
-            ranks.meet()
-            statistics.add_up(ranks.sum_)
-            if not statistics.num_tokens:
-                raise ModelError(NOTHING_FINITE.format(index=index))
-            ranks.sum_(sizes)
-            parts = ranks.exchange((largest, torch.cat(sampled)))
-            largest = torch.stack([part[0] for part in parts]).amax(0)
-            found[leader] = ChannelStatistics(
-                hessian=statistics.hessian(),
-                mean_size=(sizes / statistics.num_tokens).float(),
-                largest=largest.float(),
-                sample=torch.cat([part[1] for part in parts]),
-            )
-    return found
+    groups, routed = architecture.groups_in(block), False
+    with BlockWalk(block, index, inputs, stops(groups, architecture)) as walk:
+        for group in groups:
+            if architecture.experts is not None and architecture.is_expert(group[0]) and not routed:
+                walk.route(architecture.experts, ranks, min_expert_tokens)
+                routed = True
+            width = walk.peek(group[0]).weight.shape[1]
+            found = _statistics(walk, width, index, inputs.device, few, ranks)
+            yield group[0], found, [walk.linear(name).weight for name in group]
+
+
+def _statistics(walk: BlockWalk, width: int, index: int, device: torch.device, few: int, ranks: Ranks) -> ChannelStatistics:
+    statistics = InputStatistics(width, device)
+    sizes, largest = (torch.zeros(width, device=device, dtype=torch.float64) for _ in range(2))
+    sampled = [largest.new_empty(0, width, dtype=torch.float32)]
+    for batch in walk.next_stop():
+        statistics.update(batch)
+        tokens = batch.flatten(0, -2)
+        tokens = tokens[is_usable(tokens.float())]
+        sizes += tokens.abs().sum(0, dtype=torch.float64)
+        if tokens.shape[0]:
+            largest = torch.maximum(largest, tokens.abs().amax(0).double())
+        sampled.append(tokens[:: max(1, tokens.shape[0] // few)][:few])
+    ranks.meet()
+    statistics.add_up(ranks.sum_)
+    if not statistics.num_tokens:
+        raise ModelError(NOTHING_FINITE.format(index=index))
+    ranks.sum_(sizes)
+    parts = ranks.exchange((largest, torch.cat(sampled)))
+    largest = torch.stack([part[0] for part in parts]).amax(0)
+    return ChannelStatistics(
+        hessian=statistics.hessian(),
+        mean_size=(sizes / statistics.num_tokens).float(),
+        largest=largest.float(),
+        sample=torch.cat([part[1] for part in parts]),
+    )
+
+
+def whole_survey(
+    block: nn.Module, index: int, inputs: Activations, architecture: ModelArchitecture, ranks: Ranks = ALONE
+) -> dict[str, ChannelStatistics]:
+    """What :func:`survey` finds of all groups, by their first linears."""
+    return {leader: statistics for leader, statistics, _ in survey(block, index, inputs, architecture, ranks)}
 
 
 def first_tokens(inputs: Activations, count: int) -> Activations:

@@ -58,6 +58,8 @@ class Aqlm(CompressionAlgorithm):
         settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _NOT_SHAPING}
         if config.targets == "original":
             settings.pop("true_sequential")  # implied
+        if config.min_expert_tokens is None:
+            settings.pop("min_expert_tokens")
         return (
             StageSpec(
                 name="calibration",

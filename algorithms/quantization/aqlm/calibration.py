@@ -16,6 +16,7 @@ from algorithms.formats.aqlm import dense_state, pack
 from algorithms.formats.storage import to_storage
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_loop import BlockData
+from algorithms.modeling.mixtures.deferred import restore
 from algorithms.numerics.codebooks.additive import AdditiveCodes
 from algorithms.numerics.codebooks.additive_fit import AdditiveSettings, fit_additive
 from algorithms.numerics.information.rate_distortion import rates
@@ -176,7 +177,7 @@ class AqlmCompressor:
 
     def restore_block(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Dense float32 linears with the stored values."""
-        block.load_state_dict(dense_state(tensors), assign=True)
+        restore(block, tensors, dense_state)
         block.requires_grad_(False)
 
     def _learning_rates(self, block: nn.Module) -> list[tuple[nn.Parameter, float]]:

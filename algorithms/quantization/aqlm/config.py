@@ -98,6 +98,7 @@ class CalibrationConfig(Parameters):
     offload_activations: Flag = True
     use_checkpointing: Flag = False
     true_sequential: Flag = False
+    min_expert_tokens: OptionalCount = None  # an expert of a mixture that is given fewer is calibrated on all tokens
     skip_out_loss: Flag = False
     print_frequency: Count = 10
     no_quant: Flag = False

@@ -28,6 +28,7 @@ def calibrate(context: StageContext, config: CalibrationConfig) -> Artifact:
         kind=CALIBRATED,
         follows_original=config.targets == "original",
         sequential=config.true_sequential,
+        min_expert_tokens=config.min_expert_tokens,
         sequence_length=config.sequence_length,
         dtype=config.dtype,
         offload=config.offload_activations,

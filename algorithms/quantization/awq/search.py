@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from algorithms.blockwise.coded import FreshBlock
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_loop import relative_output_error
-from algorithms.modeling.transforms.folding import can_fold, feeder_rows, fold, shared
+from algorithms.modeling.mixtures.deferred import hold_all
+from algorithms.modeling.transforms.folding import can_fold, feeder_rows, fold, group_of, shared
 from algorithms.modeling.transforms.survey import ChannelStatistics, first_tokens, survey
 from algorithms.numerics.column_sweep import column_costs
 from algorithms.numerics.grids.channel_scales import (
@@ -62,22 +63,27 @@ class ScaleSearch:
         """Fold the best factors of every group; returns what was chosen, and the share of the error that is left with it."""
         assert fresh.inputs is not None, "AWQ looks at activations"
         block, architecture, ranks, report = fresh.block, fresh.architecture, fresh.ranks, {}
-        widest = max(block.get_submodule(name).weight.shape[1] for name in architecture.linears)
+        widest = max(block.get_submodule(name).weight.shape[1] for group in architecture.groups_in(block) for name in group)
         tokens = first_tokens(fresh.inputs, -(-_TOKENS_PER_INPUT * widest // ranks.size))
-        found = survey(block, fresh.index, tokens, architecture, ranks)
-        for group in architecture.input_groups:
-            leader, statistics = group[0], found.pop(group[0])
+        by_output = self._config.objective == "block_output"
+        if by_output:
+            hold_all(block)
+        found = survey(block, fresh.index, tokens, architecture, ranks, min_expert_tokens=self._config.min_expert_tokens)
+        leaders = [group[0] for group in architecture.groups_in(block)]
+        rows = {leader: feeder_rows(block, architecture, leader) for leader in leaders if leader in architecture.feeders}
+        chosen: dict[str, Chosen] = {}
+        for leader, statistics, weights in list(found) if by_output else found:
             if not can_fold(architecture, leader):
-                self._leave_alone(group)
+                self._leave_alone(group_of(architecture, leader))
                 continue
-            rows = feeder_rows(block, architecture, leader) if leader in architecture.feeders else None
-            loss = self._output_loss(fresh, group) if self._config.objective == "block_output" else None
-            chosen = self.best([block.get_submodule(name).weight for name in group], statistics, rows=rows, loss=loss)
+            loss = self._output_loss(fresh, group_of(architecture, leader)) if by_output else None
+            chosen[leader] = self.best(weights, statistics, rows=rows.get(leader), loss=loss)
+        for leader, best in chosen.items():
             ranks.meet()
             # Machines that round differently must not fold different factors.
-            scales, label = ranks.from_main(moved((chosen.candidate.scales, chosen.candidate.label), torch.device("cpu")))
+            scales, label = ranks.from_main(moved((best.candidate.scales, best.candidate.label), torch.device("cpu")))
             fold(block, architecture, leader, scales.to(fresh.inputs.device))
-            share = chosen.loss / chosen.plain_loss if chosen.plain_loss else 1.0
+            share = best.loss / best.plain_loss if best.plain_loss else 1.0
             report[leader] = {"factors": label, "error_share": share}
         return {"scaling": report}
 

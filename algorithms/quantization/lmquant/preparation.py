@@ -21,7 +21,7 @@ from algorithms.modeling.transforms.attention import (
 )
 from algorithms.modeling.transforms.folding import can_fold, feeder_rows, fold, largest_shared
 from algorithms.modeling.transforms.reorder import SEQUENTIAL, TRANSPOSE, Order, channel_order, reorder
-from algorithms.modeling.transforms.survey import ChannelStatistics, survey
+from algorithms.modeling.transforms.survey import ChannelStatistics, whole_survey
 from algorithms.numerics.activations.rounding import fake_quantize_tokens
 from algorithms.numerics.codebooks.additive import quadratic_error
 from algorithms.numerics.grids.channel_scales import some_rows
@@ -54,7 +54,7 @@ class Preparation:
         settings, report = self._settings, {}
         assert fresh.inputs is not None, "LMQuant looks at activations"
         if settings.reorder is not None or settings.smooth_xw is not None:
-            found = survey(fresh.block, fresh.index, fresh.inputs, fresh.architecture, fresh.ranks)
+            found = whole_survey(fresh.block, fresh.index, fresh.inputs, fresh.architecture, fresh.ranks)
             if settings.reorder is not None:
                 report["reorder"] = self._reorder(fresh, found)
             if settings.smooth_xw is not None:

@@ -123,6 +123,7 @@ def fit_blocks(context: StageContext, config: ReallmConfig, shape_of: ShapeOf, *
         follows_original=config.targets == "original",
         reference_sequences=followed_sequences(config, source, tunes=tuning is not None),
         sequential=config.true_sequential,
+        min_expert_tokens=config.min_expert_tokens,
         sequence_length=config.sequence_length,
         dtype=config.dtype,
         offload=config.offload_activations,

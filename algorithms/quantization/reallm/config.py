@@ -76,6 +76,8 @@ class ReallmConfig(BlockwiseParameters):
             settings.pop("true_sequential")  # implied
         else:
             settings.pop("reference_samples")  # none is followed
+        if self.min_expert_tokens is None:
+            settings.pop("min_expert_tokens")
         return settings | self.decoder_shaping
 
     @property

@@ -23,6 +23,7 @@ from algorithms.modeling.activations import Activations, embed
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.files import folder_digest
 from algorithms.modeling.lockstep import BlockWalk
+from algorithms.modeling.mixtures.routing import stops
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.low_rank.allocation import Option, allocate
 from algorithms.numerics.low_rank.alternation import alternate
@@ -143,9 +144,13 @@ def _hessians(
 ) -> dict[str, Tensor]:
     """The Hessian of every linear's input; the hidden states pass the block."""
     found: dict[str, Tensor] = {}
-    leaders = {group[0]: block.get_submodule(group[0]).weight.shape[1] for group in architecture.input_groups}
-    with BlockWalk(block, index, states, list(leaders)) as walk:
-        for group in architecture.input_groups:
+    groups, routed = architecture.groups_in(block), False
+    leaders = {group[0]: block.get_submodule(group[0]).weight.shape[1] for group in groups}
+    with BlockWalk(block, index, states, stops(groups, architecture)) as walk:
+        for group in groups:
+            if architecture.experts is not None and architecture.is_expert(group[0]) and not routed:
+                walk.route(architecture.experts, ranks)
+                routed = True
             statistics = InputStatistics(leaders[group[0]], states.device)
             for batch in walk.next_stop():
                 statistics.update(batch)

@@ -46,13 +46,6 @@ def test_what_nobody_reads_can_go(tmp_path, name):
     torch.testing.assert_close(read(TOKENS).logits, silenced, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("opt", "no gated feed-forward part"),
-        ("gpt_neox", "no gated feed-forward part"),
-        ("falcon", "no gated feed-forward part"),
-    ],
-)
-def test_what_cannot_be_narrowed_says_why(tmp_path, name, words):
-    assert words in obstacle(ModelSource(save_case(tmp_path / "m", name)).architecture)
+@pytest.mark.parametrize("name", ["opt", "gpt_neox", "falcon"])
+def test_what_cannot_be_narrowed_says_why(tmp_path, name):
+    assert "no gated feed-forward part" in obstacle(ModelSource(save_case(tmp_path / "m", name)).architecture)

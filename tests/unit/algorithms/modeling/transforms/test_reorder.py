@@ -8,7 +8,7 @@ import torch
 from algorithms.modeling.activations import embed
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.reorder import SEQUENTIAL, TRANSPOSE, channel_order, reorder
-from algorithms.modeling.transforms.survey import survey
+from algorithms.modeling.transforms.survey import whole_survey
 from tests.support.models import FAMILIES, save_family, token_sequences
 
 CPU = torch.device("cpu")
@@ -47,11 +47,11 @@ def test_the_block_computes_what_it_did(tmp_path, family, index, biased):
 def test_inputs_come_in_the_new_order(tmp_path, family):
     source = ModelSource(save_family(tmp_path / "m", family))
     inputs, block = _inputs(source), source.load_block(0)
-    before = survey(block, 0, inputs, source.architecture)
+    before = whole_survey(block, 0, inputs, source.architecture)
     for leader in LEADERS:
         order = channel_order(block, source.architecture, leader, before[leader].largest, index=SEQUENTIAL, group_size=8)
         reorder(block, source.architecture, leader, order)
-        after = survey(block, 0, inputs, source.architecture)[leader]
+        after = whole_survey(block, 0, inputs, source.architecture)[leader]
         expected = before[leader].reordered(order.channels)
         for name in ("hessian", "mean_size", "largest", "sample"):
             torch.testing.assert_close(getattr(after, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
@@ -98,7 +98,7 @@ def test_where_a_run_is_one_group_there_is_nothing_to_deal_out(tmp_path):
 def test_statistics_are_those_of_a_computation_by_hand(tmp_path):
     source = ModelSource(save_family(tmp_path / "m", "qwen2"))
     inputs, block = _inputs(source, count=3), source.load_block(0)
-    found = survey(block, 0, inputs, source.architecture)
+    found = whole_survey(block, 0, inputs, source.architecture)
     seen = {}
     for leader in found:
         block.get_submodule(leader).register_forward_pre_hook(

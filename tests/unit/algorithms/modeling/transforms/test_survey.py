@@ -8,7 +8,7 @@ import torch
 
 from algorithms.modeling.activations import embed
 from algorithms.modeling.source import ModelSource
-from algorithms.modeling.transforms.survey import first_tokens, survey
+from algorithms.modeling.transforms.survey import first_tokens, whole_survey
 from tests.support.models import FAMILIES, save_family, token_sequences
 from tests.support.rank_processes import run_on_ranks
 
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_all_tokens_and_the_block_stays_as_it_is(tmp_pat
     leaders = [group[0] for group in source.architecture.input_groups]
     before = copy.deepcopy(block).state_dict()
     kept = [batch.clone() for batch in inputs.batches]
-    _check(survey(block, 1, inputs, source.architecture), _seen(block, 1, inputs, leaders))
+    _check(whole_survey(block, 1, inputs, source.architecture), _seen(block, 1, inputs, leaders))
     after = block.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -61,7 +61,7 @@ def _surveyed(ranks, folder):
     source = ModelSource(folder)
     inputs = _inputs(source)
     mine = replace(inputs, batches=inputs.batches[ranks.rank : ranks.rank + 1] if ranks.rank < 2 else [])
-    return survey(source.load_block(0), 0, mine, source.architecture, ranks)
+    return whole_survey(source.load_block(0), 0, mine, source.architecture, ranks)
 
 
 def test_ranks_see_what_one_process_does(tmp_path):
@@ -81,7 +81,7 @@ def test_tokens_that_are_not_finite_are_left_out(tmp_path):
     leaders = [group[0] for group in source.architecture.input_groups]
     broken = replace(inputs, batches=[batch.clone() for batch in inputs.batches])
     broken.batches[0][1, 4, 3] = torch.nan  # attention carries it to all later tokens of its sequence
-    found = survey(block, 0, broken, source.architecture)
+    found = whole_survey(block, 0, broken, source.architecture)
     seen = _seen(block, 0, broken, leaders)
     finite = {leader: tokens[torch.isfinite(tokens).all(1)] for leader, tokens in seen.items()}
     assert len(finite["self_attn.q_proj"]) == 44
@@ -94,7 +94,7 @@ def test_without_a_finite_token_it_says_so(tmp_path):
     inputs = _inputs(source)
     broken = replace(inputs, batches=[torch.full_like(batch, torch.inf) for batch in inputs.batches])
     with pytest.raises(ValueError, match="no finite activations"):
-        survey(source.load_block(0), 0, broken, source.architecture)
+        whole_survey(source.load_block(0), 0, broken, source.architecture)
 
 
 @pytest.mark.parametrize(("count", "batches"), [(1, 1), (18, 1), (19, 2), (36, 2), (37, 3), (1000, 3)])

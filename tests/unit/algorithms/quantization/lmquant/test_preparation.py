@@ -11,7 +11,7 @@ from algorithms.blockwise.coded import FreshBlock
 from algorithms.modeling.activations import embed
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.attention import attention_survey, of_pairs
-from algorithms.modeling.transforms.survey import survey
+from algorithms.modeling.transforms.survey import whole_survey
 from algorithms.numerics.activations.rounding import fake_quantize_cache
 from algorithms.quantization.lmquant.calibration import Coder
 from algorithms.quantization.lmquant.preparation import AS_IT_IS, smoothing_factors
@@ -76,7 +76,7 @@ def test_what_is_switched_off_is_left_alone(tmp_path):
 
 def test_channels_are_smoothed_by_the_published_formula(tmp_path):
     fresh = _fresh(tmp_path / "m")
-    found, original = survey(fresh.block, 1, fresh.inputs, fresh.architecture), copy.deepcopy(fresh.block.state_dict())
+    found, original = whole_survey(fresh.block, 1, fresh.inputs, fresh.architecture), copy.deepcopy(fresh.block.state_dict())
     report = _prepare(fresh, "gchn", smooth={"xw": {"alpha": 0.25, "beta": 0.75}, "enable_yx": False})
     assert report["smooth_xw"] == {key: {"alpha": 0.25, "beta": 0.75} for key in ("self_attn.o_proj", "mlp.down_proj")}
     now = fresh.block.state_dict()
@@ -96,7 +96,7 @@ def test_channels_are_smoothed_by_the_published_formula(tmp_path):
 
 def test_of_two_exponents_the_pair_that_loses_least_is_taken(tmp_path):
     fresh = _fresh(tmp_path / "m")
-    found = survey(fresh.block, 1, fresh.inputs, fresh.architecture)["mlp.down_proj"]
+    found = whole_survey(fresh.block, 1, fresh.inputs, fresh.architecture)["mlp.down_proj"]
     tokens, matrix = found.sample.double(), fresh.block.mlp.down_proj.weight.double()
     losses = {}
     for pair in [(0.0, 0.0), *((c / 4, 0.0) for c in range(1, 4)), *((c / 4, 1 - c / 4) for c in range(1, 4))]:
@@ -174,7 +174,7 @@ def test_the_order_is_taken_in_which_rounding_costs_least(tmp_path, loud):
     sizes[::8] = loud  # two loud channels in every group of sixteen
     fresh.block.mlp.down_proj.weight.mul_(sizes)
     fresh.block.mlp.up_proj.weight.mul_(sizes[:, None])
-    found = survey(fresh.block, 1, fresh.inputs, fresh.architecture)["mlp.down_proj"]
+    found = whole_survey(fresh.block, 1, fresh.inputs, fresh.architecture)["mlp.down_proj"]
     matrix = fresh.block.mlp.down_proj.weight.clone()
     ranked = sorted(range(64), key=lambda channel: -found.largest[channel].item())
     dealt = [ranked[place] for group in range(4) for place in range(group, 64, 4)]
