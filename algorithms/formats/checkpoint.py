@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from algorithms.formats.storage import to_storage
+from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.companions import copy_companions
 from algorithms.modeling.files import atomic_write_json
@@ -90,13 +91,23 @@ def write_checkpoint(
     writer.add({source.stored_as(name): tensor for name, tensor in calibrated.outside().items()})
     for index, tensors in calibrated.blocks():
         prefix = source.block_prefix(index)
-        writer.add({source.stored_as(prefix + name): tensor for name, tensor in transform(tensors).items()})
+        for part in _by_expert(tensors, source.architecture):
+            writer.add({source.stored_as(prefix + name): tensor for name, tensor in transform(part).items()})
     writer.close()
     copy_companions(calibrated.directory, directory)
     settings = {**(source.raw_config() if config is None else config), "dtype": "float16", "torch_dtype": "float16"}
     if quantization_config is not None:
         settings["quantization_config"] = dict(quantization_config)
     atomic_write_json(directory / "config.json", settings)
+
+
+def _by_expert(tensors: Mapping[str, Tensor], architecture: ModelArchitecture) -> Iterator[Mapping[str, Tensor]]:
+    """A block's tensors without those of experts, then those of each: decoded together they may not fit the memory."""
+    parts: dict[str, dict[str, Tensor]] = {"": {}}
+    for name, tensor in tensors.items():
+        number = name.removeprefix(f"{architecture.experts}.").partition(".")[0] if architecture.is_expert(name) else ""
+        parts.setdefault(number, {})[name] = tensor
+    yield from parts.values()
 
 
 def write_dense(calibrated: Calibrated, directory: Path, dense_state: DenseState) -> None:

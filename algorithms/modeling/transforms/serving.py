@@ -89,8 +89,10 @@ class Serving:
             ValueError: see :meth:`check`; or an attention implementation that cannot be found.
         """
         for block in _blocks(module, architecture):
+            there = dict(block.named_modules())  # not all blocks of a model have the same linears
             for name in linears:
-                self.hook(block.get_submodule(name))
+                if name in there:
+                    self.hook(there[name])
             self._serve_attention(block.get_submodule(architecture.attention))
 
     def hook(self, linear: nn.Module) -> None:

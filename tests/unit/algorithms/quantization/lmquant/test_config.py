@@ -9,6 +9,7 @@ from tests.unit.algorithms.quantization.lmquant.upstream import FURTHER, LLM, NY
 
 # Named after no key of theirs: what all methods have.
 OURS = {"nsamples", "model_seqlen", "val_size", "targets", "reference_samples", "true_sequential", "block_tuning"}
+OURS |= {"min_expert_tokens"}
 OURS |= {"offload_activations", "attn_implementation", "save_intermediate_results", "overwrite"}
 
 
