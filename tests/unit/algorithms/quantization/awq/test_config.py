@@ -53,7 +53,13 @@ def test_the_keys_and_their_defaults():
     own |= {"objective": "hessian", "search_steps": 20, "gptq": True, "percdamp": 0.01, "refinements": 1}
     own |= {"modules_to_not_convert": None}
     shared = {"nsamples": 128, "model_seqlen": 512, "seed": 0, "val_size": None, "targets": "original", "dtype": "auto"}
-    shared |= {"reference_samples": None, "true_sequential": False, "min_expert_tokens": None, "block_tuning": None, "offload_activations": True}
+    shared |= {
+        "reference_samples": None,
+        "true_sequential": False,
+        "min_expert_tokens": None,
+        "block_tuning": None,
+        "offload_activations": True,
+    }
     shared |= {"attn_implementation": None, "overwrite": False, "save_intermediate_results": False}
     assert values == own | shared
 

@@ -14,7 +14,13 @@ def test_the_keys_and_their_defaults():
     own = {"wbits": 4, "groupsize": 128, "sym": True, "act_order": True, "static_groups": True}
     own |= {"percdamp": 0.01, "mse": True, "refinements": 1}
     shared = {"nsamples": 128, "model_seqlen": 2048, "seed": 0, "val_size": None, "targets": "original", "dtype": "auto"}
-    shared |= {"reference_samples": None, "true_sequential": False, "min_expert_tokens": None, "block_tuning": None, "offload_activations": True}
+    shared |= {
+        "reference_samples": None,
+        "true_sequential": False,
+        "min_expert_tokens": None,
+        "block_tuning": None,
+        "offload_activations": True,
+    }
     shared |= {"attn_implementation": None, "overwrite": False, "save_intermediate_results": False}
     assert values == own | shared
 
