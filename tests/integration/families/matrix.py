@@ -53,6 +53,8 @@ _OWN_LINEARS = _certified("dense", compressed_tensors="transformers loads packed
 _NO_GATES = Cell(certified=None, refused={"FlapPruner": "no gated feed-forward part"})
 _WHOLE = _row(_PACKED, _AQLM, _PADDED)
 _UNGATED = _row(_PACKED, _AQLM, _NO_GATES)
+_NO_MIXTURES = Cell(certified=None, refused={"FlapPruner": "a mixture, whose experts each see tokens of their own"})
+_MIXTURE = _row(_certified("dense"), _certified("dense", aqlm="transformers has no experts with AQLM's codes"), _NO_MIXTURES)
 
 MATRIX: Mapping[str, Mapping[str, Cell]] = {
     "llama": _WHOLE,
@@ -71,4 +73,8 @@ MATRIX: Mapping[str, Mapping[str, Cell]] = {
     "gpt_neox": _UNGATED,
     "smollm3": _WHOLE,
     "seed_oss": _WHOLE,
+    "mixtral": _MIXTURE,
+    "qwen2_moe": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
+    "olmoe": _MIXTURE,
 }

@@ -12,7 +12,8 @@ from jobs.execution import conclusion
 from jobs.reporting import certificate
 from main import main
 from tests.integration.families.matrix import MATRIX, METHODS
-from tests.support.families.cases import CASES, save_case
+from tests.integration.families.table import BEGIN, END, replaced
+from tests.support.families.cases import CASES, MIXTURES, save_case
 from tests.support.models import FAMILIES, save_family
 from tests.support.source_tree import ROOT
 
@@ -49,7 +50,7 @@ def run(folder, monkeypatch):
     def _run(case, method, export):
         model = folder / case
         if not model.is_dir():
-            save_case(model, case) if case in CASES else save_family(model, case)
+            save_case(model, case) if case in (*CASES, *MIXTURES) else save_family(model, case)
         name = f"{case}-{method}-{export}"
         keys = {"ALGORITHM": method, "JOB_SERVICE": "Kompress", "JOB_ID": name, "MODEL": str(model), "EXPORT": [export]}
         keys |= {"DATA_PATH": str(folder / "text.txt"), "USER_FOLDER": str(folder / "user"), "EVALUATION": None}
@@ -65,7 +66,8 @@ def _assert_certified(run, case, method, export):
     assert code is ExitCode.DONE
     (verdict,) = json.loads((job / "certificate.json").read_text())["formats"]
     assert (verdict["format"], verdict["verdict"]) == (export, "passed")
-    assert verdict["max_relative_error"] < 1e-3
+    assert verdict["max_logit_difference"] < 1e-3
+    assert verdict["greedy_tokens"] == 64
 
 
 @pytest.mark.parametrize(("family", "method"), CELLS)
@@ -85,7 +87,13 @@ def test_variants_of_a_family_are_certified_too(run, case):
     _assert_certified(run, case, "AutoAWQ", MATRIX[CASES[case][0]]["AutoAWQ"].certified)
 
 
+def test_the_readme_has_the_table_that_is_rendered():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert replaced(text) == text
+    assert text.count(BEGIN) == text.count(END) == 1
+
+
 def test_every_family_of_the_architecture_table_is_in_the_matrix():
     assert set(MATRIX) == set(known_families())
-    assert {family for family in MATRIX if family not in CASES} <= set(FAMILIES)
+    assert {family for family in MATRIX if family not in (*CASES, *MIXTURES)} <= set(FAMILIES)
     assert all(set(row) == set(METHODS) for row in MATRIX.values())
