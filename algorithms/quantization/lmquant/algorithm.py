@@ -117,9 +117,8 @@ def family_refusal(architecture: ModelArchitecture) -> str | None:
     unfed = [leader for leader in found if leader not in {*architecture.input_norms, *architecture.feeders}]
     if architecture.experts is not None or unfed:
         named = ", ".join(unfed[:3]) or architecture.experts
-        return (
-            f"QoQ smooths what is behind a norm or another linear, and {named} of {architecture.model_type} is behind neither."
-        )
+        place = f"{named} in {architecture.model_type}"
+        return f"QoQ smooths what a norm or another linear makes, and neither makes the input of {place}."
     return None
 
 
