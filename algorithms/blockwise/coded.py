@@ -16,7 +16,7 @@ from algorithms.finetuning.config import BlockTuningKeys
 from algorithms.finetuning.learned_rounding import tune_rounding
 from algorithms.finetuning.tunable import TunableLinear
 from algorithms.formats.checkpoint import DenseState
-from algorithms.formats.storage import to_storage
+from algorithms.formats.storage import in_storage
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.block_loop import BlockData
@@ -101,7 +101,6 @@ class _Finished(nn.Linear):
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.stored = stored
 
 
 class CodedCompressor(Generic[Weight]):
@@ -129,6 +128,7 @@ class CodedCompressor(Generic[Weight]):
         self._started = 0.0
         self._reports: dict[str, dict[str, object]] = {}
         self._stored: dict[str, Weight] = {}
+        self._packed: dict[str, dict[str, Tensor]] = {}  # linears that are not in _stored any more
         self._prepared: Mapping[str, object] = {}
 
     @property
@@ -139,6 +139,7 @@ class CodedCompressor(Generic[Weight]):
     def prepare_block(self, index: int, block: nn.Module, inputs: Activations | None) -> None:
         """Start the block's account, let the method change the block, and round what is not compressed."""
         self._started, self._reports, self._stored, self._prepared = time.process_time(), {}, {}, {}
+        self._packed = {}
         if self._method.prepare is not None:
             fresh = FreshBlock(index=index, block=block, inputs=inputs, architecture=self._architecture, ranks=self._ranks)
             self._prepared = self._method.prepare(fresh)
@@ -164,13 +165,18 @@ class CodedCompressor(Generic[Weight]):
             }
             modules[name] = finished
             if READER in vars(linear):
-                defer(finished, stored.dequantize)
+                self._pack_now(name, finished)
             if self.tunes:
                 wanted = [part.wanted for part in mine if part.wanted is not None]
                 modules[name] = self._method.tunable(stored, torch.cat(wanted), linear.bias)
             self._method.serving.hook(modules[name])
         self._note_rates(linears, statistics)
         return modules
+
+    def _pack_now(self, name: str, finished: _Finished) -> None:
+        """Of experts that are read one by one, codes are kept as they are stored: packed, they take the least memory."""
+        self._packed[name] = packed = dict(self._method.pack(self._stored.pop(name), name))
+        defer(finished, lambda: self._method.dense_state(packed)[f"{name}.weight"])
 
     def _note_rates(self, linears: Iterable[str], statistics: InputStatistics | None) -> None:
         """What each linear's error would cost a Gaussian matrix, for the report."""
@@ -226,10 +232,8 @@ class CodedCompressor(Generic[Weight]):
         tensors: dict[str, Tensor] = {}
         finished = {name: module for name, module in block.named_modules() if isinstance(module, _Finished)}
         for name in finished:
-            tensors |= self._method.pack(self._stored[name], name)
-        for name, parameter in block.named_parameters():
-            if name.removesuffix(".weight") not in finished:
-                tensors[name] = to_storage(parameter.detach(), name)
+            tensors |= self._packed.pop(name, None) or self._method.pack(self._stored[name], name)
+        tensors |= in_storage(block, {f"{name}.weight" for name in finished})
         self.restore_block(block, tensors)
         return tensors
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from algorithms.modeling.source import ModelError
 
@@ -23,6 +25,20 @@ def to_storage(tensor: Tensor, name: str) -> Tensor:
             f"{name} reaches {tensor.abs().max().item():.3g}, beyond float16's 65504, in which compressed models are stored"
         )
     return stored
+
+
+def in_storage(block: nn.Module, left_out: Collection[str]) -> dict[str, Tensor]:
+    """A block but for parameters ``left_out``: parameters in float16, buffers that checkpoints have as they are.
+
+    Raises:
+        ModelError: a value beyond float16's range.
+    """
+    parameters = {name for name, _ in block.named_parameters(remove_duplicate=False)}
+    return {
+        name: to_storage(tensor, name) if name in parameters else tensor.clone()
+        for name, tensor in block.state_dict().items()
+        if name not in left_out
+    }
 
 
 def column_groups(groups: Tensor | None, columns: int, count: int) -> Tensor:

@@ -47,7 +47,7 @@ class ModelArchitecture:
 
     ``experts`` is the module of a block's mixture whose children are experts. ``stored_names`` are pairs of a part of a
     tensor's name in files of the family, and what the model has there. A row counts for models whose config.json has the
-    values ``when``.
+    values ``when``. ``is_inspected`` marks a row that is in no table (:mod:`algorithms.modeling.families.inspection`).
     """
 
     model_type: str
@@ -70,6 +70,7 @@ class ModelArchitecture:
     norms_all_heads: bool = False
     experts: str | None = None
     stored_names: tuple[tuple[str, str], ...] = ()
+    is_inspected: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
 
 from algorithms.modeling.activations import Activations
+from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.mixtures.deferred import take
 from algorithms.modeling.mixtures.experts import Experts, in_step
 from algorithms.modeling.mixtures.pacing import PacedForward, paced
@@ -42,6 +43,12 @@ class _Gate(nn.Module):
         self.module = module
         self._before = before
         self._after = after
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - blocks of some families ask a linear for its weight's type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [..., in_features] to [..., out_features]."""
@@ -133,6 +140,20 @@ class BlockWalk(AbstractContextManager["BlockWalk"]):
             routing = count_routed(experts, self.next_stop(), ranks, floor)
         experts.everywhere = routing.starved
         return routing
+
+    def in_turn(
+        self, groups: Sequence[tuple[str, ...]], architecture: ModelArchitecture, ranks: Ranks, floor: int | None = None
+    ) -> Iterator[tuple[str, ...]]:
+        """Each of a block's ``groups`` when its stop is the next, on the way past a mixture with :meth:`route`.
+
+        The names of the walk are those that :func:`algorithms.modeling.mixtures.routing.stops` gives.
+        """
+        is_routed = False
+        for group in groups:
+            if architecture.experts is not None and architecture.is_expert(group[0]) and not is_routed:
+                self.route(architecture.experts, ranks, floor)
+                is_routed = True
+            yield group
 
     def linear(self, name: str) -> nn.Module:
         """The module that computes a linear now, with its weights; of a mixture, only of the expert where the forwards are."""

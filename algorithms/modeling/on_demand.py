@@ -58,7 +58,8 @@ class Shelf:
         """
         if index in self._taken:
             return False
-        state = {name: tensor.to(self.device, self.dtype) for name, tensor in self._read(index).items()}
+        read = self._read(index).items()
+        state = {name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None) for name, tensor in read}
         try:
             self._fill(self.blocks[index], state)
         except ModelError as error:
@@ -111,7 +112,7 @@ def source_on_demand(source: ModelSource) -> nn.Module:
     """
 
     def _read(index: int) -> Mapping[str, Tensor]:
-        return dict(source.load_block(index).named_parameters())
+        return source.load_block(index).state_dict()
 
     outside = source.load_outside().state_dict(keep_vars=True)
     prefix = f"{source.architecture.blocks}."

@@ -16,7 +16,7 @@ from algorithms.modeling.files import atomic_write_json
 
 _SHARD_BYTES = 5 * 1000**3
 _ALIGNED = 8  # bytes that the length of a safetensors header is a multiple of, so that tensors start at whole words
-_COPIED = 1 << 24
+_COPIED = 1 << 20
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",

@@ -8,12 +8,12 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,8 +25,11 @@ from transformers import (
 )
 
 from algorithms.modeling.architecture import ModelArchitecture
+from algorithms.modeling.families.inspection import Inspection, InspectionError, inspect_family
 from algorithms.modeling.families.stored_names import StoredTensor, stored_name, stored_tensors
-from algorithms.modeling.families.table import architecture_for
+from algorithms.modeling.families.table import architecture_for, is_known
+from algorithms.modeling.families.weight_files import ModelError, opened, read_tensor, weight_map
+from algorithms.modeling.families.without_storage import WithoutStorage, move_own
 from algorithms.modeling.files import file_digest, fingerprint
 from algorithms.modeling.mixtures.deferred import Reader, defer_experts
 from algorithms.modeling.mixtures.experts import READER, separate_experts
@@ -39,53 +42,6 @@ NOTHING_FINITE = (
     "MODEL: no finite activations reached block {index}: the model overflows on the calibration text in float32. "
     "Look at its weights."
 )
-
-
-class ModelError(ValueError):
-    """A model folder that cannot be used as it is; the message says what is wrong with which file."""
-
-
-def _opened(file: Path) -> safe_open:
-    """A weight file, whose head tells its own size.
-
-    Raises:
-        ModelError: it is truncated or no safetensors.
-    """
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(f"MODEL: {file} is truncated or damaged ({error}). Fetch the model again.") from error
-
-
-def _weight_map(index: Path) -> Mapping[str, str]:
-    """Tensor name -> file, of an index that somebody else wrote.
-
-    Raises:
-        ModelError: it is no index, or names files outside its folder.
-    """
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = [name for name in files.values() if PurePath(name).is_absolute() or ".." in PurePath(name).parts]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"MODEL: {index} is damaged ({type(error).__name__}: {error}). Fetch the model again.") from error
-    if outside:
-        raise ModelError(f"MODEL: {index} names {outside[0]!r}, which is no file of its folder. Do not use this model.")
-    return files
-
-
-def _move(module: nn.Module, device: torch.device | str) -> None:
-    """A module's own parameters and buffers to a device, none of its children's."""
-    for name, parameter in module.named_parameters(recurse=False):
-        module._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
-    for name, buffer in module.named_buffers(recurse=False):
-        module._buffers[name] = buffer.to(device)
-
-
-def _read(handle: safe_open, stored: StoredTensor) -> Tensor:
-    if stored.expert is None:
-        return handle.get_tensor(stored.name)
-    first, last = stored.rows
-    return handle.get_slice(stored.name)[stored.expert, first:last]
 
 
 class ModelSource:
@@ -129,13 +85,35 @@ class ModelSource:
 
     @cached_property
     def architecture(self) -> ModelArchitecture:
-        """The row of the architecture table that describes this model.
+        """The row of the architecture table that describes this model; for a family without one, what inspection finds.
 
         Raises:
-            ModelError: a family that the table does not know.
+            ModelError: a family that the table does not know and whose blocks cannot be walked.
         """
-        row = architecture_for(self.config.model_type, self.config)
+        row = self._row
         return row if row.experts is None else row.resolved(self._template.get_submodule(row.blocks).children())
+
+    @cached_property
+    def _row(self) -> ModelArchitecture:
+        if is_known(self.config.model_type):
+            return architecture_for(self.config.model_type, self.config)
+        found = self.inspection
+        logger.warning("%s: %s", self.name, found.warning())
+        return found.architecture
+
+    @cached_property
+    def inspection(self) -> Inspection:
+        """What a look at the model finds, whether the table knows its family or not.
+
+        Raises:
+            ModelError: its blocks cannot be walked.
+        """
+        try:
+            return inspect_family(
+                self.config, trust_remote_code=self.trust_remote_code, attn_implementation=self.attn_implementation
+            )
+        except InspectionError as error:
+            raise ModelError(str(error)) from error
 
     @property
     def num_blocks(self) -> int:
@@ -158,11 +136,10 @@ class ModelSource:
 
     @cached_property
     def _places(self) -> Mapping[str, StoredTensor]:
-        row = architecture_for(self.config.model_type, self.config)
-        return stored_tensors(self.stored_files, row, self._stored_shape)
+        return stored_tensors(self.stored_files, self._row, self._stored_shape)
 
     def _stored_shape(self, stored: str) -> Sequence[int]:
-        with _opened(self.directory / self.stored_files[stored]) as handle:
+        with opened(self.directory / self.stored_files[stored]) as handle:
             return handle.get_slice(stored).get_shape()
 
     def stored_as(self, parameter: str) -> str:
@@ -178,7 +155,7 @@ class ModelSource:
         """
         index = self.directory / _INDEX
         if index.is_file():
-            files = _weight_map(index)
+            files = weight_map(index)
             missing = sorted({name for name in files.values() if not (self.directory / name).is_file()})
             if missing:
                 raise ModelError(
@@ -187,7 +164,7 @@ class ModelSource:
             return files
         if not (self.directory / _SINGLE).is_file():
             raise ModelError(f"MODEL: {self.directory} holds neither {_SINGLE} nor {_INDEX}.")
-        with _opened(self.directory / _SINGLE) as handle:
+        with opened(self.directory / _SINGLE) as handle:
             return dict.fromkeys(handle.keys(), _SINGLE)
 
     @cached_property
@@ -207,7 +184,7 @@ class ModelSource:
         """
         total = 0
         for file in sorted(set(self.weight_files.values())):
-            with _opened(self.directory / file) as handle:
+            with opened(self.directory / file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
                     shape = handle.get_slice(name).get_shape()
                     total += int(torch.Size(shape).numel())
@@ -238,7 +215,7 @@ class ModelSource:
         for file, wanted in by_file.items():
             with safe_open(self.directory / file, framework="pt") as handle:
                 for name in wanted:
-                    tensor = _read(handle, self._places[name])
+                    tensor = read_tensor(handle, self._places[name])
                     loaded[name] = tensor.to(dtype or tensor.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
         return loaded
 
@@ -248,7 +225,7 @@ class ModelSource:
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), WithoutStorage():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=self.trust_remote_code, **options
             )
@@ -304,7 +281,7 @@ class ModelSource:
         self._fill(block, prefix, dtype)
         for module in block.modules():
             if READER not in vars(module):
-                _move(module, device)
+                move_own(module, device)
         return block.eval().requires_grad_(False)
 
     def _reader(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Reader:
@@ -376,6 +353,8 @@ class ModelSource:
         stored = tied_to or prefix
         late = {f"{name}.weight" for name, part in module.named_modules() if READER in vars(part)}
         names = [f"{stored}{name}" for name, _ in module.named_parameters(recurse=True) if name not in late]
+        buffers = [f"{stored}{name}" for name in module.state_dict() if name not in late and f"{stored}{name}" not in names]
+        names += [name for name in buffers if name in self._places]  # what a family keeps in checkpoints is no parameter alone
         state = {name.removeprefix(stored): tensor for name, tensor in self.tensors(names, dtype).items()}
         for name, tensor in state.items():
             self._checked(f"{prefix}{name}", tensor)

@@ -34,6 +34,8 @@ class Arguments:
     user_folder: Path = Path("user_data")
     output: Path | None = None
     jobs: Sequence[str] = ()
+    model: str = ""
+    trust_remote_code: bool = False
     base_model: str | None = None
     quantized_model: str | None = None
     pruned_model: str | None = None
@@ -118,6 +120,12 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("comparison.html"), metavar="FILE", help="(comparison.html)")
 
 
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder with a config.json, or a name on the hub")
+    parser.add_argument("--user_folder", type=Path, default=Path("user_data"), metavar="FOLDER", help="(user_data)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the model run code of its own")
+
+
 def _schema_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write it there and not to the terminal")
 
@@ -149,6 +157,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "ls": Command(
         summary="list the algorithms, and the jobs below a user folder", add_options=_ls_options, takes_recipes=False
+    ),
+    "inspect": Command(
+        summary="say what of a model would be compressed and what kept, from its configuration alone",
+        add_options=_inspect_options,
+        takes_recipes=False,
     ),
     "doctor": Command(summary="say what this machine has, and what it lacks", takes_recipes=False),
     "schema": Command(

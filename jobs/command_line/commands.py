@@ -206,6 +206,12 @@ def _schema(arguments: Arguments) -> None:
         raise DataError(f"--output {arguments.output}: cannot be written ({error.strerror})") from error
 
 
+def _inspect(arguments: Arguments) -> None:
+    from jobs.command_line.inspection import inspect
+
+    _say(inspect(arguments.model, arguments.user_folder, trust_remote_code=arguments.trust_remote_code))
+
+
 def _doctor(arguments: Arguments) -> None:
     from jobs.command_line.doctor import examine
 
@@ -219,6 +225,7 @@ def _doctor(arguments: Arguments) -> None:
 _ALONE: Mapping[str, Callable[[Arguments], None]] = {
     "compare": _compare,
     "ls": _list,
+    "inspect": _inspect,
     "doctor": _doctor,
     "schema": _schema,
 }

@@ -17,9 +17,8 @@ from transformers.utils import logging as transformers_logging
 from algorithms.base import CompressionAlgorithm, TokenRequest
 from algorithms.modeling.evaluation import chunked
 from algorithms.modeling.evaluation import perplexity as evaluation
-from algorithms.modeling.families.table import is_known
 from algorithms.modeling.on_demand import source_on_demand
-from algorithms.modeling.source import ModelSource
+from algorithms.modeling.source import ModelError, ModelSource
 from algorithms.registry import algorithm_class
 from configs.recipe import EvaluationConfig, Recipe
 from jobs import datasets, models
@@ -72,11 +71,18 @@ def load_dense(directory: Path, trust_remote_code: bool) -> nn.Module:
 
 
 def open_source(source: ModelSource) -> nn.Module:
-    """The uncompressed model; block by block where its family is known, else as transformers loads it."""
+    """The uncompressed model; block by block where its blocks can be walked, else as transformers loads it."""
     plain = "quantization_config" not in source.raw_config()
-    if plain and is_known(source.config.model_type):
+    if plain and _has_blocks(source):
         return source_on_demand(source)
     return load_dense(source.directory, source.trust_remote_code)
+
+
+def _has_blocks(source: ModelSource) -> bool:
+    try:
+        return bool(source.architecture.blocks)
+    except ModelError:
+        return False
 
 
 def make_harness(settings: EvaluationConfig, cache_dir: Path) -> Harness:

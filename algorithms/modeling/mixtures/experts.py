@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +101,36 @@ def in_step(block: nn.Module) -> Iterator[None]:
             module.in_step = False
 
 
+class FirstExpert(nn.ModuleList):
+    """One expert that stands for the ``count`` of a block, and is given every token: what is looked at needs no others."""
+
+    def __init__(self, expert: Expert, count: int) -> None:
+        super().__init__([expert])
+        self.count = count
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Tokens [n, H] to [n, H]."""
+        return self[0](hidden)
+
+
 def separate_experts(model: nn.Module) -> None:
     """Put :class:`Experts`, on the meta device, in the place of every module that holds gated experts in two tensors."""
-    found = [(name, module) for name, module in model.named_modules() if _is_fused(module)]
-    for name, module in found:
-        count, hidden, neurons = module.down_proj.shape
-        model.set_submodule(name, Experts([Expert(hidden, neurons, module.act_fn) for _ in range(count)]))
+    for name, count, make in list(_fused(model)):
+        model.set_submodule(name, Experts([make() for _ in range(count)]))
+
+
+def keep_first_experts(model: nn.Module) -> None:
+    """Put :class:`FirstExpert` in the same places."""
+    for name, count, make in list(_fused(model)):
+        model.set_submodule(name, FirstExpert(make(), count))
+
+
+def _fused(model: nn.Module) -> Iterator[tuple[str, int, Callable[[], Expert]]]:
+    """The modules that hold gated experts in two tensors: path, number of experts, and what makes one."""
+    for name, module in model.named_modules():
+        if _is_fused(module):
+            count, hidden, neurons = module.down_proj.shape
+            yield name, count, partial(Expert, hidden, neurons, module.act_fn)
 
 
 def _is_fused(module: nn.Module) -> bool:

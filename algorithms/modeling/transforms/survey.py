@@ -59,12 +59,9 @@ def survey(
         ModelError: none was left.
     """
     few = -(-_SAMPLED // max(1, len(inputs.batches) * ranks.size))
-    groups, routed = architecture.groups_in(block), False
+    groups = architecture.groups_in(block)
     with BlockWalk(block, index, inputs, stops(groups, architecture)) as walk:
-        for group in groups:
-            if architecture.experts is not None and architecture.is_expert(group[0]) and not routed:
-                walk.route(architecture.experts, ranks, min_expert_tokens)
-                routed = True
+        for group in walk.in_turn(groups, architecture, ranks, min_expert_tokens):
             width = walk.peek(group[0]).weight.shape[1]
             found = _statistics(walk, width, index, inputs.device, few, ranks)
             yield group[0], found, [walk.linear(name).weight for name in group]

@@ -61,7 +61,7 @@ def alternate(
         left = matrix - low_rank.dequantize()
         residual = coder.encode(left, hessian, generator, None if best is None else best.residual)
         error = geometry.error(left - residual.dequantize())
-        if errors and error >= errors[-1]:
+        if errors and not error < errors[-1]:  # NaN is no fall either
             break
         errors.append(error)
         best = Decomposition(residual=residual, low_rank=low_rank, errors=tuple(errors))

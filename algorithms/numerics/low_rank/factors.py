@@ -122,7 +122,7 @@ class Geometry:
         self._root: Tensor | None = None
         if hessian is None:
             return
-        damped = hessian.double()
+        damped = hessian.to(torch.float64, copy=True)
         mean = damped.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         for step in range(4):
             damped.diagonal().add_(damping * 10.0**step * mean)

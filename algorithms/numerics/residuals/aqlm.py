@@ -65,19 +65,24 @@ class AdditiveResidual:
         return cls(weight=weight, columns=columns)
 
 
+def num_codebooks(code_bits: int) -> int:
+    """The fewest codebooks of at most eight bits that share the bits of a code evenly."""
+    return next(count for count in range(-(-code_bits // _MOST_BITS), code_bits + 1) if code_bits % count == 0)
+
+
 class AdditiveCoder:
     """See :class:`algorithms.numerics.residuals.coder.ResidualCoder`.
 
     Args:
-        code_bits: for a group of columns; more than 8 are shared out evenly among several codebooks.
+        code_bits: for a group of columns; more than 8 are shared out evenly among as few codebooks as divide them.
         group_size: columns a group.
     """
 
     def __init__(self, code_bits: int, group_size: int) -> None:
-        num_codebooks = -(-code_bits // _MOST_BITS)
-        codewords = 1 << (code_bits // num_codebooks)
+        books = num_codebooks(code_bits)
+        codewords = 1 << (code_bits // books)
         self._settings = AdditiveSettings(
-            num_codebooks=num_codebooks,
+            num_codebooks=books,
             num_codewords=codewords,
             group_shape=(1, group_size),
             max_rounds=_ROUNDS,

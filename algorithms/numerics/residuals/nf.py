@@ -98,12 +98,27 @@ class NormalFloatCodes:
         return cls(codes=unpacked_codes(tensors, bits, shape), scales=unpacked_scales(tensors), bits_a_code=bits)
 
 
+class TableColumns(VectorColumns):
+    """Columns by a rising table [K, 1]: the nearest value is found between two middles, in a fraction of a search's time."""
+
+    def __init__(self, book: Tensor, scales: Tensor) -> None:
+        super().__init__(book, scales)
+        self._values = book[:, 0]
+        self._middles = (self._values[1:] + self._values[:-1]) / 2
+
+    def requantize(self, place: int, column: Tensor) -> Tensor:
+        """The column [O] by its nearest values."""
+        codes = torch.bucketize(column / self._divisors[place], self._middles)
+        self.codes[place] = codes
+        return self._values[codes] * self._scales[place]
+
+
 class NormalFloatCoder:
     """See :class:`algorithms.numerics.residuals.coder.ResidualCoder`.
 
     Args:
         bits: of a code.
-        rounds: of scales and codes after the sweep.
+        rounds: of scales and codes after the sweep; without any, its codes stay.
     """
 
     def __init__(self, bits: int, rounds: int = 1) -> None:
@@ -123,7 +138,7 @@ class NormalFloatCoder:
         tiles = -(-residual.shape[1] // _TILE_COLUMNS)
         costs = factor.pivots.reciprocal().square()[torch.argsort(order)]
         scales = two_level(_best_scales(residual, table, tiles, costs)).decode().view(-1, tiles)
-        quantizer = VectorColumns(table[:, None], spread_scales(scales, residual.shape, None).T[order].contiguous())
+        quantizer = TableColumns(table[:, None], spread_scales(scales, residual.shape, None).T[order].contiguous())
         problem = Problem(columns=residual[:, order].T.contiguous(), factor=factor)
         problem.sweep(quantizer)
         for _ in range(self._rounds):
@@ -134,7 +149,8 @@ class NormalFloatCoder:
         stored = two_level(scales.new_zeros(scales.shape).scatter_(1, tile, quantizer.scales[back].T))
         known = stored.decode().view(-1, tiles)
         quantizer.scales = spread_scales(known, residual.shape, None).T[order].contiguous()
-        problem.refine(quantizer)
+        if self._rounds:
+            problem.refine(quantizer)
         return NormalFloatCodes(codes=quantizer.codes[back].T.contiguous(), scales=stored, bits_a_code=self._bits)
 
 

@@ -18,6 +18,7 @@ from algorithms.numerics.codebooks.nearest import lowest_score
 from algorithms.numerics.column_sweep import Factor, refine, sweep
 
 _SMALLEST = 1e-12
+_FEW_SCORES = 1 << 18  # that stay in cache together
 _SOLVER_ITERATIONS = 8
 # Past this drop of the preconditioned residual (squared), float32 rounding steers the iteration, and it can diverge.
 _EXHAUSTED = 1e-9
@@ -39,6 +40,28 @@ class VectorColumns:
         self.book, self.scales = book, scales
         self.codes = torch.zeros(scales.shape, dtype=torch.int64, device=scales.device)
 
+    @property
+    def book(self) -> Tensor:
+        """[K, b]."""
+        return self._book
+
+    @book.setter
+    def book(self, book: Tensor) -> None:
+        """Other codewords [K, b]."""
+        # Columns of small matrices take longer to prepare than to search: what all of them need is kept.
+        self._book, self._squares = book, book.square().sum(1)
+
+    @property
+    def scales(self) -> Tensor:
+        """[I, n]."""
+        return self._scales
+
+    @scales.setter
+    def scales(self, scales: Tensor) -> None:
+        """Other scales [I, n]."""
+        # A scale of zero makes any codeword zero.
+        self._scales, self._divisors = scales, torch.where(scales.abs() < _SMALLEST, _SMALLEST, scales)
+
     def begin_group(self, start: int, columns: Tensor, pivots: Tensor) -> None:
         """Scales are fixed before: there is nothing to fit."""
 
@@ -48,12 +71,14 @@ class VectorColumns:
 
     def requantize(self, place: int, column: Tensor) -> Tensor:
         """The column [O] by its nearest codewords."""
-        scales = self.scales[place][:, None]
-        # A scale of zero makes any codeword zero.
-        vectors = column.view(-1, self.book.shape[1]) / torch.where(scales.abs() < _SMALLEST, _SMALLEST, scales)
-        codes = lowest_score(vectors, self.book, self.book.square().sum(1))[1]
+        vectors = column.view(-1, self._book.shape[1]) / self._divisors[place][:, None]
+        if vectors.shape[0] * self._book.shape[0] <= _FEW_SCORES:
+            scores = torch.addmm(self._squares[:, None], self._book, vectors.T, alpha=-2)
+            codes = torch.min(scores, 0)[1]  # along the words a minimum is vectorised, its index included
+        else:
+            codes = lowest_score(vectors, self._book, self._squares)[1]
         self.codes[place] = codes
-        return (self.book[codes] * scales).view(-1)
+        return (self._book[codes] * self._scales[place][:, None]).view(-1)
 
     def values(self) -> Tensor:
         """All columns as they are now, [I, O]."""

@@ -47,13 +47,14 @@ class CachedFactor:
 class VectorSettings:
     """``code_bits`` for every vector of ``bucket`` rows; ``permutes`` orders columns by likeness, in blocks of 64 rows.
 
-    ``rounds`` of codewords, scales and codes follow the sweep.
+    ``rounds`` of codewords, scales and codes follow the sweep; without any, its codes stay. ``book_iterations`` bound k-means.
     """
 
     code_bits: int
     bucket: int
     permutes: bool = False
     rounds: int = 1
+    book_iterations: int = _KMEANS_ITERATIONS
 
 
 class VectorCoder:
@@ -96,7 +97,7 @@ class VectorCoder:
             problem.solve_book(quantizer)
             problem.solve_scales(quantizer)
             problem.refine(quantizer)
-        return _stored(problem, quantizer, place, order, residual.shape[0])
+        return _stored(problem, quantizer, place, order, residual.shape[0], refines=settings.rounds > 0)
 
 
 class _Places:
@@ -142,17 +143,20 @@ def _first_book(points: Tensor, settings: VectorSettings, generator: torch.Gener
     if points.shape[0] > _POINTS_PER_CODEWORD * size:
         chosen = torch.randperm(points.shape[0], generator=generator)[: _POINTS_PER_CODEWORD * size]
         points = points[chosen.to(points.device)]
-    return kmeans(points, size, max_iterations=_KMEANS_ITERATIONS, generator=generator)
+    return kmeans(points, size, max_iterations=settings.book_iterations, generator=generator)
 
 
-def _stored(problem: Problem, quantizer: VectorColumns, place: _Places, order: Tensor, rows: int) -> VectorCodes:
-    """Codebook and scales as they are stored, and codes that know it."""
+def _stored(
+    problem: Problem, quantizer: VectorColumns, place: _Places, order: Tensor, rows: int, *, refines: bool
+) -> VectorCodes:
+    """Codebook and scales as they are stored, and codes that are chosen again for them where one ``refines``."""
     back = torch.argsort(order)
     scales = two_level(place.tiles_of(quantizer.scales[back].T))
     quantizer.book = quantizer.book.half().float()
     known = spread_scales(scales.decode().view(-1, place.tiles), place.shape, place.order)
     quantizer.scales = known.T[order].contiguous()
-    problem.refine(quantizer)
+    if refines:
+        problem.refine(quantizer)
     return VectorCodes(
         codes=quantizer.codes[back].T.contiguous(), book=quantizer.book, scales=scales, rows=rows, order=place.order
     )

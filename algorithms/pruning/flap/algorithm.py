@@ -59,14 +59,12 @@ class FlapPruner(CompressionAlgorithm):
                 f"{key}.start_pruning_layer_idx: {config.start_pruning_layer_idx} leaves nothing to prune; blocks are numbered "
                 f"from 0, and the last of this model's is {source.num_blocks - 1}."
             )
-        reason = obstacle(source.architecture)
-        if reason is not None:
-            raise ValueError(f"{key}: FLAP prunes heads and gated neurons of plain models, and {reason}")
-        refusals = {PADDED: stock.family_refusal(source.config), RAGGED: ragged.family_refusal(source.config)}
-        said = [f"EXPORT: {name}: {refusals[name]}" for name in self.exports if refusals[name] is not None]
-        if said:
-            fitting = [name for name, refused in refusals.items() if refused is None]
-            raise ValueError("\n".join([*said, *(f"EXPORT: [{name}] holds it." for name in fitting)]))
+        if source.architecture.is_inspected:
+            raise ValueError(
+                f"{key}: where {source.architecture.model_type} has heads and neurons is not known; FLAP needs a row of the "
+                "architecture table (algorithms/modeling/families/table.py)."
+            )
+        self._refuse(source, key)
         size = widths(source.block_skeleton(), source.architecture)
         hidden = source.config.hidden_size
         for name, value in (("gqa_groups", size.heads_a_group), ("head_dim", size.head_dim), ("hidden_dim", hidden)):
@@ -80,6 +78,17 @@ class FlapPruner(CompressionAlgorithm):
         if config.recovers and config.recovering.method == "lora":
             said = key if config.target_modules is not None else f"{key}.recovery"
             targets(source.architecture.linears, config.recovering.target_modules, said)
+
+    def _refuse(self, source: ModelSource, key: str) -> None:
+        """Families that cannot be pruned, and formats that cannot hold a pruned model of this one."""
+        reason = obstacle(source.architecture)
+        if reason is not None:
+            raise ValueError(f"{key}: FLAP prunes heads and gated neurons of plain models, and {reason}")
+        refusals = {PADDED: stock.family_refusal(source.config), RAGGED: ragged.family_refusal(source.config)}
+        said = [f"EXPORT: {name}: {refusals[name]}" for name in self.exports if refusals[name] is not None]
+        if said:
+            fitting = [name for name, refused in refusals.items() if refused is None]
+            raise ValueError("\n".join([*said, *(f"EXPORT: [{name}] holds it." for name in fitting)]))
 
     def stages(self) -> Sequence[StageSpec]:
         """In their order."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from algorithms.blockwise.stages import round_to_storage
 from algorithms.finetuning.block_tuning import TuningSettings, tune_block
 from algorithms.formats.aqlm import dense_state, pack
-from algorithms.formats.storage import to_storage
+from algorithms.formats.storage import in_storage, to_storage
 from algorithms.modeling.activations import Activations
 from algorithms.modeling.block_loop import BlockData
 from algorithms.modeling.mixtures.deferred import restore
@@ -163,10 +163,7 @@ class AqlmCompressor:
         packed = {name: module for name, module in block.named_modules() if isinstance(module, AqlmLinear)}
         for name, module in packed.items():
             tensors |= pack(module.current(), name)
-        inside = tuple(f"{name}.{part}" for name in packed for part in ("codebooks", "scales"))
-        for name, parameter in block.named_parameters():
-            if name not in inside:
-                tensors[name] = to_storage(parameter.detach(), name)
+        tensors |= in_storage(block, {f"{name}.{part}" for name in packed for part in ("codebooks", "scales")})
         for name, module in packed.items():
             no, ni, _ = module.current().codes.shape
             og, ig = module.current().group_shape

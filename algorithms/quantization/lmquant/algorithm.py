@@ -46,6 +46,11 @@ class Lmquant(CompressionAlgorithm):
             ValueError: what is wrong, and which key to change.
         """
         weights = self._settings.weights
+        if source.architecture.is_inspected:
+            raise ValueError(
+                f"llm.LMQuant: which linears make queries, keys and values is not known for {source.config.model_type}. Choose "
+                "another algorithm, or add a row to algorithms/modeling/families/table.py."
+            )
         reason = family_refusal(source.architecture)
         if reason is not None:
             raise ValueError(f"llm.LMQuant: {reason}")

@@ -14,11 +14,15 @@ from algorithms.blockwise.pipeline import BITS
 from algorithms.formats.reallm.packed import LAYOUT
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
-from algorithms.quantization.reallm import global_tuning, survey
+from algorithms.quantization.reallm import global_tuning
 from algorithms.quantization.reallm.calibration import CALIBRATED, NAME, TUNED, ShapeOf, fit_blocks
 from algorithms.quantization.reallm.config import BLOC, CALIBRATION, CONVERSION, GLOBAL, SURVEY, ReallmConfig
 from algorithms.quantization.reallm.conversion import FORMATS, PACKED, PEFT, exporters, read_export
 from algorithms.quantization.reallm.shapes import SHAPES, check_decoders, place, read_shapes, uniform_shape
+from algorithms.quantization.reallm.survey import stage as survey
+from algorithms.quantization.reallm.survey.sizes import check_sizes
+from algorithms.quantization.reallm.workloads import workloads
+from algorithms.workload import Workload
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +41,18 @@ class Reallm(CompressionAlgorithm):
         self._config = config
 
     def preflight(self, source: ModelSource, stages: Sequence[str]) -> None:
-        """Refuse bits that hold no decoder, and an adapter where a model should stand.
+        """Refuse bits that hold no decoder or are out of reach, and an adapter where a model should stand.
 
         Raises:
             ValueError: what is wrong, and which key to change.
         """
-        check_decoders(self._config, source)
         if self.exports[0] == PEFT:
             raise ValueError(
                 f"EXPORT: the first format stands in the job folder itself, which has to be a model; peft is an adapter and "
                 f"its base. Write EXPORT: [dense, peft] or [{PACKED}, peft]."
             )
+        check_decoders(self._config, source)
+        check_sizes(self._config, source)
 
     def stages(self) -> Sequence[StageSpec]:
         """In their order."""
@@ -70,6 +75,10 @@ class Reallm(CompressionAlgorithm):
             *self._tuning_stages(),
             self._spec(CONVERSION, self._convert, CONVERTED, {"exports": list(self.exports)}, directory="converted"),
         )
+
+    def workloads(self, source: ModelSource, tokens: Mapping[str, int]) -> Mapping[str, Workload]:
+        """Of every stage with a text."""
+        return workloads(self._config, source, tokens)
 
     def open(self, artifact: Artifact) -> nn.Module:
         """What a stage after the survey has left, as a float32 model.

@@ -33,6 +33,7 @@ class Shape:
 
 # A survey compares codes, which the sweep alone ranks as the whole fit would: in half its time.
 _ROUNDS, _SURVEYED_ROUNDS = 1, 0
+_SURVEYED_ITERATIONS = 4  # of k-means
 _SURVEYED_EPOCHS = 4  # of which a survey's trainings have one
 DECODER_BITS = (2, 3, 4)  # that a survey tries
 
@@ -45,7 +46,7 @@ def coder(shape: Shape, config: ReallmConfig, *, surveys: bool = False, display:
     rounds = _SURVEYED_ROUNDS if surveys else _ROUNDS
     if config.residual == VQ:
         settings = VectorSettings(code_bits=shape.code_bits, bucket=shape.bucket, permutes=config.permute, rounds=rounds)
-        return VectorCoder(settings)
+        return VectorCoder(replace(settings, book_iterations=_SURVEYED_ITERATIONS) if surveys else settings)
     if config.residual == NF:
         return NormalFloatCoder(shape.code_bits, rounds)
     if config.residual == AQLM:

@@ -62,3 +62,23 @@ def test_the_residual_makes_up_for_the_rounding_of_the_low_rank_part():
     rounded = coarse.low_rank.stored(*exact, 4)
     unaware = Geometry(hessian).error(matrix - fine.residual.dequantize() - rounded.dequantize())
     assert unaware > coarse.errors[-1]
+
+
+def test_a_turn_that_comes_to_nothing_is_not_taken():
+    matrix, hessian = problem(37, 83)
+
+    class _Fails:
+        """Codes as it should once, and then as something broken would."""
+
+        def __init__(self):
+            self.coder, self.turns = CODERS["nf2"](), 0
+
+        def encode(self, residual, *rest):
+            self.turns += 1
+            return self.coder.encode(residual * (torch.nan if self.turns > 1 else 1.0), *rest)
+
+    coder = _Fails()
+    found = alternate(matrix, hessian, coder, torch.Generator().manual_seed(0), **SETTINGS)
+    assert coder.turns == 2
+    assert len(found.errors) == 1
+    assert torch.isfinite(found.dequantize()).all()

@@ -32,6 +32,13 @@ def test_full_rank_is_exact():
         torch.testing.assert_close(up @ down, matrix, atol=1e-5, rtol=1e-5)
 
 
+def test_a_hessian_stays_as_it_is():
+    hessian = problem(10, 20)[1].double()
+    before = hessian.clone()
+    Geometry(hessian)
+    assert torch.equal(hessian, before)
+
+
 def test_errors_are_those_of_the_outputs():
     matrix, hessian = problem(10, 20)
     damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(20, dtype=torch.float64)

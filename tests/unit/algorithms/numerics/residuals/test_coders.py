@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from algorithms.numerics.residuals.aqlm import AdditiveCoder
 from algorithms.numerics.residuals.table import CODINGS, coding
 from tests.support.matrices import CODERS, problem
 
@@ -81,6 +82,15 @@ def test_dead_inputs_and_rows_of_zeros_do_no_harm(kind):
     assert torch.isfinite(coded.dequantize()).all()
     zeros = CODERS[kind]().encode(torch.zeros(SHAPE), hessian, torch.Generator().manual_seed(0))
     assert zeros.dequantize().abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("bits", "books"), [(8, 1), (9, 3), (10, 2), (15, 3), (16, 2), (22, 11)])
+def test_additive_codes_have_all_the_bits_that_were_asked_for(bits, books):
+    matrix, hessian = problem(8, 24)
+    coded = AdditiveCoder(bits, 8).encode(matrix, hessian, torch.Generator().manual_seed(0))
+    # 24 codes, in whole words of 32 bits.
+    assert 0 <= coded.bits()["codes"] - 24 * bits < 32
+    assert coded.tensors()["codebooks"].shape[:2] == (books, 1 << (bits // books))
 
 
 def test_a_coding_that_there_is_none_of_is_refused():

@@ -3,7 +3,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from algorithms.numerics.residuals.nf import NormalFloatCoder, normal_float
+from algorithms.numerics.residuals.nf import NormalFloatCoder, TableColumns, normal_float
+from algorithms.numerics.residuals.vector_columns import VectorColumns
 from tests.support.matrices import problem
 
 # As published (QLoRA, arXiv 2305.14314, appendix E).
@@ -48,3 +49,16 @@ def test_runs_of_a_row_have_scales_of_their_own():
     assert coded.movable()["scales"].shape == (8, 4)
     error = (matrix - coded.dequantize())[:, :50]
     assert error.square().mean() < 0.2 * matrix[:, :50].square().mean()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_value_of_the_table_is_found_as_by_a_search_over_all(bits):
+    generator = torch.Generator().manual_seed(bits)
+    table, scales = normal_float(bits)[:, None], torch.rand(3, 500, generator=generator)
+    scales[1, :7] = 0
+    found, searched = TableColumns(table, scales), VectorColumns(table, scales)
+    for place in range(3):
+        column = torch.randn(500, generator=generator)
+        torch.testing.assert_close(found.requantize(place, column), searched.requantize(place, column), atol=0, rtol=0)
+    assert torch.equal(found.codes, searched.codes)
+    assert torch.equal(found.values(), searched.values())

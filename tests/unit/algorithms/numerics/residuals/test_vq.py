@@ -127,3 +127,19 @@ def test_wide_codes_are_two_streams(bits):
     assert len(stored) == (1 if bits <= 8 else 2)
     assert sum(32 * words.numel() for words in stored.values()) < 91 * bits + 64
     assert torch.equal(unpacked_codes(stored, bits, (7, 13)), codes)
+
+
+@pytest.mark.parametrize("vectors", [64, 3000])
+def test_few_and_many_vectors_get_their_nearest_codewords(vectors):
+    generator = torch.Generator().manual_seed(0)
+    book = torch.randn(128, 2, generator=generator)
+    quantizer = VectorColumns(book, torch.rand(2, vectors, generator=generator) + 0.5)
+    column = torch.randn(2 * vectors, generator=generator)
+    got = quantizer.requantize(1, column)
+    words = quantizer.scales[1][:, None, None].double() * book.double()
+    distances = (column.view(-1, 1, 2).double() - words).norm(dim=2)
+    torch.testing.assert_close(distances.amin(1), (column - got).view(-1, 2).double().norm(dim=1), atol=1e-5, rtol=1e-5)
+    quantizer.book = -book
+    torch.testing.assert_close(quantizer.requantize(1, -column), -got)
+    quantizer.scales = 2 * quantizer.scales
+    torch.testing.assert_close(quantizer.requantize(1, -2 * column), -2 * got)
