@@ -140,9 +140,14 @@ def followed_sequences(config: BlockwiseParameters, source: ModelSource, *, tune
     return -(-_TOKENS_PER_INPUT * widest // config.sequence_length)
 
 
+def linears_of(source: ModelSource) -> dict[str, nn.Linear]:
+    """A linear of every name that is compressed, to be looked at."""
+    return {name: source.linear_like(name) for name in source.architecture.linears}
+
+
 def linear_shapes(source: ModelSource) -> dict[str, tuple[int, int]]:
     """Rows and columns of every compressed linear of a block, by name."""
-    shapes = {name: source.linear_like(name).weight.shape for name in source.architecture.linears}
+    shapes = {name: linear.weight.shape for name, linear in linears_of(source).items()}
     return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from algorithms.blockwise.pipeline import linear_shapes
+from algorithms.blockwise.pipeline import linear_shapes, linears_of
 from algorithms.blockwise.stages import Exporter, open_checkpoint, read_json
 from algorithms.formats import awq, compressed_tensors, gptq, uniform
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint, write_dense
@@ -83,6 +83,8 @@ def check_exports(setting: Setting, exports: Sequence[str], source: ModelSource)
     reasons = {name: setting.refusal(name) for name in exports}
     if "gguf" in exports and reasons["gguf"] is None:
         reasons["gguf"] = gguf.architecture_refusal(source.raw_config())
+    if "compressed-tensors" in exports:
+        reasons["compressed-tensors"] = reasons["compressed-tensors"] or compressed_tensors.class_refusal(linears_of(source))
     for name in {"gptq", "auto-round"} & reasons.keys():
         reasons[name] = reasons[name] or gptq.shape_refusal(linear_shapes(source))
     if "awq" in exports:

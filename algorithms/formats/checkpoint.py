@@ -88,7 +88,7 @@ def write_checkpoint(
     """
     source = calibrated.source
     writer = ShardWriter(directory)
-    writer.add(calibrated.outside())
+    writer.add({source.stored_as(name): tensor for name, tensor in calibrated.outside().items()})
     for index, tensors in calibrated.blocks():
         prefix = source.block_prefix(index)
         for part in _by_expert(tensors, source.architecture):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from algorithms.formats.storage import WHOLE_ROW, to_storage
 from algorithms.numerics.bit_packing import pack_bits, unpack_bits
@@ -74,6 +74,15 @@ def quantization_config(
         "kv_cache_scheme": None,
         "config_groups": {"group_0": group},
     }
+
+
+def class_refusal(linears: Mapping[str, nn.Linear]) -> str | None:
+    """Why linears of a class of their own, by name, cannot be written for transformers; None where there is none such."""
+    strange = {name: type(linear).__name__ for name, linear in linears.items() if type(linear) is not nn.Linear}
+    if not strange:
+        return None
+    name, kind = next(iter(strange.items()))
+    return f"transformers loads packed weights into nn.Linear alone, and {name} is a {kind}."
 
 
 def refusal(*, bits: int, symmetric: bool, group_size: int, has_column_groups: bool) -> str | None:

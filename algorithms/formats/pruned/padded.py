@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from algorithms.formats.checkpoint import Calibrated, write_checkpoint
 from algorithms.formats.pruned.stock import stock_config
-from algorithms.formats.pruned.structure import linear_shapes, padded, structure_of, with_biases
-from algorithms.modeling.families.table import is_known
+from algorithms.formats.pruned.structure import padded, structure_of, with_biases
 from algorithms.modeling.on_demand import folder_on_demand
 from algorithms.modeling.source import ModelSource
 
@@ -28,10 +26,9 @@ def write_padded(calibrated: Calibrated, directory: Path, *, multiple: int = 1) 
     """
     source, structure = calibrated.source, structure_of(calibrated, multiple=multiple)
     settings, biases = stock_config(source, structure)
-    shapes = linear_shapes(source.architecture, source.config.hidden_size, structure.largest)
 
     def _grown(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return padded(with_biases(tensors, biases), shapes)
+        return padded(with_biases(tensors, biases), source.architecture, structure.largest)
 
     write_checkpoint(calibrated, directory, _grown, config=settings)
 
@@ -42,7 +39,4 @@ def read_padded(directory: Path) -> nn.Module:
     Raises:
         ModelError: missing or unknown tensors.
     """
-    source = ModelSource(directory)
-    if not is_known(source.config.model_type):  # a stand-in that is no family of its own here, as Seed-OSS
-        return source.model_from(source.tensors(source.weight_files, torch.float32))
-    return folder_on_demand(source)
+    return folder_on_demand(ModelSource(directory))

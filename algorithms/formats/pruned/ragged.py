@@ -30,6 +30,13 @@ _BASE = "base_model_type"
 _NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}
 
 
+def family_refusal(config: PretrainedConfig) -> str | None:
+    """Why the modelling file cannot load models of this kind, in a sentence; None where it can."""
+    if config.model_type in _NAMES:
+        return None
+    return f"{MODELING} has no classes for {config.model_type}, only for {', '.join(_NAMES)}."
+
+
 def write_ragged(calibrated: Calibrated, directory: Path) -> None:
     """A Hugging Face folder that loads with ``trust_remote_code=True``; biases that only some blocks have are zeros elsewhere.
 

@@ -87,6 +87,21 @@ _STOCKS = {
         Stock(model_type="qwen2", causal_lm="Qwen2ForCausalLM", always=_QUERIES),
         Stock(model_type="qwen3", causal_lm="Qwen3ForCausalLM", flags={"attention_bias": _ATTENTION}),
         Stock(model_type="gemma", causal_lm="GemmaForCausalLM", flags={"attention_bias": _ATTENTION}),
+        Stock(model_type="gemma2", causal_lm="Gemma2ForCausalLM", flags={"attention_bias": _ATTENTION}),
+        Stock(model_type="gemma3_text", causal_lm="Gemma3ForCausalLM", flags={"attention_bias": _ATTENTION}),
+        Stock(model_type="phi3", causal_lm="Phi3ForCausalLM"),
+        Stock(model_type="olmo2", causal_lm="Olmo2ForCausalLM", flags={"attention_bias": _ATTENTION}),
+        Stock(
+            model_type="granite",
+            causal_lm="GraniteForCausalLM",
+            flags={"attention_bias": _ATTENTION, "mlp_bias": _NEURONS},
+        ),
+        Stock(model_type="cohere2", causal_lm="Cohere2ForCausalLM", flags={"attention_bias": _ATTENTION}),
+        Stock(
+            model_type="smollm3",
+            causal_lm="SmolLM3ForCausalLM",
+            flags={"attention_bias": _ATTENTION, "mlp_bias": _NEURONS},
+        ),
         Stock(
             model_type="seed_oss",
             causal_lm="SeedOssForCausalLM",
@@ -103,6 +118,13 @@ _LIKE_LLAMA = {"llama", "mistral", "qwen2"}
 def expressible_biases(config: PretrainedConfig) -> frozenset[str]:
     """The linears, relative to a block, that can have a bias where a model of this kind is written for stock loaders."""
     return frozenset().union(*(stock.linears for stock in _candidates(config)))
+
+
+def family_refusal(config: PretrainedConfig) -> str | None:
+    """Why no stock configuration can hold a narrower model of this kind, in a sentence; None where one can."""
+    if config.model_type in _STOCKS:
+        return None
+    return f"narrower models are written for {', '.join(_STOCKS)}, and this one is {config.model_type}."
 
 
 def bias_refusal(config: PretrainedConfig, linears: Collection[str]) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from algorithms.formats.checkpoint import Calibrated
 from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.source import ModelError
-from algorithms.modeling.transforms.narrowing import Widths, attention_output, neuron_output, widths
+from algorithms.modeling.transforms.narrowing import Widths, attention_output, neuron_output, row_parts, widths
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -56,11 +56,7 @@ def structure_of(calibrated: Calibrated, *, multiple: int = 1) -> Structure:
     original = widths(source.block_skeleton(), architecture)
     blocks, biases = [], set()
     for index, shapes in enumerate(calibrated.shapes()):
-        size = replace(
-            original,
-            groups=shapes[f"{architecture.qkv[2]}.weight"][0] // original.head_dim,
-            neurons=shapes[f"{neuron_output(architecture)}.weight"][1],
-        )
+        size = _size(architecture, original, shapes)
         expected = linear_shapes(architecture, source.config.hidden_size, size)
         wrong = [name for name, sides in expected.items() if shapes[f"{name}.weight"] != sides]
         if wrong:
@@ -72,18 +68,21 @@ def structure_of(calibrated: Calibrated, *, multiple: int = 1) -> Structure:
 
 def linear_shapes(architecture: ModelArchitecture, hidden_size: int, size: Widths) -> dict[str, tuple[int, int]]:
     """Shape [O, I] of every linear of a block of these widths."""
-    queries, keys, values = architecture.qkv
-    reader = neuron_output(architecture)
-    width = size.groups * size.head_dim
-    makers = filter(None, (architecture.feeders[reader], architecture.gates.get(reader)))
     return {
-        queries: (width * size.heads_a_group, hidden_size),
-        keys: (width, hidden_size),
-        values: (width, hidden_size),
-        attention_output(architecture): (hidden_size, width * size.heads_a_group),
-        **dict.fromkeys(makers, (size.neurons, hidden_size)),
-        reader: (hidden_size, size.neurons),
+        **{name: (sum(rows), hidden_size) for name, rows in row_parts(architecture, size).items()},
+        attention_output(architecture): (hidden_size, size.groups * size.heads_a_group * size.head_dim),
+        neuron_output(architecture): (hidden_size, size.neurons),
     }
+
+
+def _size(architecture: ModelArchitecture, original: Widths, shapes: Shapes) -> Widths:
+    """The widths of a block whose tensors have these shapes."""
+    channels = shapes[f"{attention_output(architecture)}.weight"][1]
+    return replace(
+        original,
+        groups=channels // (original.heads_a_group * original.head_dim),
+        neurons=shapes[f"{neuron_output(architecture)}.weight"][1],
+    )
 
 
 def with_biases(tensors: Mapping[str, Tensor], linears: Iterable[str]) -> dict[str, Tensor]:
@@ -92,15 +91,28 @@ def with_biases(tensors: Mapping[str, Tensor], linears: Iterable[str]) -> dict[s
     return {**added, **tensors}
 
 
-def padded(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """A block's tensors with the linears' weights, and their biases, grown to shapes [O, I] by rows and columns of zeros.
+def padded(tensors: Mapping[str, Tensor], architecture: ModelArchitecture, largest: Widths) -> dict[str, Tensor]:
+    """A block's tensors with the linears' weights, and their biases, grown to the largest widths by rows and columns of zeros.
 
-    Heads and neurons that are added this way compute zeros, and what reads them multiplies these by zeros.
+    Heads and neurons that are added this way compute zeros, and what reads them multiplies these by zeros. In a fused linear,
+    each part grows for itself.
     """
+    size = _size(architecture, largest, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    before, after = (row_parts(architecture, widths_) for widths_ in (size, largest))
     grown = dict(tensors)
-    for name, (O, I) in shapes.items():
-        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-        grown[f"{name}.weight"] = F.pad(weight, (0, I - weight.shape[1], 0, O - weight.shape[0]))
-        if bias is not None:
-            grown[f"{name}.bias"] = F.pad(bias, (0, O - bias.shape[0]))
+    for name, parts in before.items():
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in tensors:
+                pieces = zip(tensors[key].split(parts), parts, after[name], strict=True)
+                grown[key] = torch.cat([_longer(piece, rows - held) for piece, held, rows in pieces])
+    for name, added in (
+        (attention_output(architecture), (largest.groups - size.groups) * size.heads_a_group * size.head_dim),
+        (neuron_output(architecture), largest.neurons - size.neurons),
+    ):
+        grown[f"{name}.weight"] = F.pad(tensors[f"{name}.weight"], (0, added))
     return grown
+
+
+def _longer(tensor: Tensor, rows: int) -> Tensor:
+    """A weight [O, I] or bias [O] with so many more rows of zeros."""
+    return torch.cat([tensor, tensor.new_zeros(rows, *tensor.shape[1:])])

@@ -126,4 +126,5 @@ DENSE_ROWS = (
     *_OPT,
     _GPT_NEOX,
     ModelArchitecture(model_type="smollm3"),
+    ModelArchitecture(model_type="seed_oss"),
 )

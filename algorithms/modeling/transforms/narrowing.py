@@ -6,8 +6,9 @@ head, N neurons of the feed-forward part.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -46,15 +47,46 @@ def neuron_output(architecture: ModelArchitecture) -> str:
     return next(leader for leader, feeder in architecture.feeders.items() if feeder != architecture.qkv[2])
 
 
+def obstacle(architecture: ModelArchitecture) -> str | None:
+    """Why blocks of a family cannot be narrowed, in a sentence; None where they can."""
+    if architecture.experts is not None:
+        return f"{architecture.model_type} is a mixture, whose experts each see tokens of their own."
+    if not architecture.gates:
+        return f"{architecture.model_type} has no gated feed-forward part."
+    if architecture.qkv is None:
+        return f"{architecture.model_type} mixes the rows of queries, keys and values."
+    return None
+
+
+def row_parts(architecture: ModelArchitecture, size: Widths) -> dict[str, tuple[int, ...]]:
+    """Of every linear that makes heads or neurons: the rows of what it holds, one below the other; one number if not fused."""
+    values = size.groups * size.head_dim
+    counts = (size.heads_a_group * values, values, values, size.neurons, size.neurons)
+    parts: dict[str, tuple[int, ...]] = {}
+    for name, rows in zip(_makers(architecture), counts, strict=True):
+        parts[name] = (*parts.get(name, ()), rows)
+    return parts
+
+
+def _makers(architecture: ModelArchitecture) -> tuple[str, str, str, str, str]:
+    """The linears of queries, keys, values, gates and ups, which may be fused."""
+    assert architecture.qkv is not None
+    reader = neuron_output(architecture)
+    return (*architecture.qkv, architecture.gates[reader], architecture.feeders[reader])
+
+
 def widths(block: nn.Module, architecture: ModelArchitecture) -> Widths:
     """Of a block as it is."""
-    queries, _, values = (block.get_submodule(name) for name in architecture.qkv)
+    assert architecture.qkv is not None
+    channels = block.get_submodule(attention_output(architecture)).weight.shape[1]
+    values = block.get_submodule(architecture.qkv[2]).weight.shape[0]
+    if architecture.qkv[2] in architecture.fused:
+        values = (values - channels) // 2
     head_dim = block.get_submodule(architecture.attention).head_dim
-    groups = values.weight.shape[0] // head_dim
     return Widths(
-        groups=groups,
+        groups=values // head_dim,
         neurons=block.get_submodule(neuron_output(architecture)).weight.shape[1],
-        heads_a_group=queries.weight.shape[0] // (head_dim * groups),
+        heads_a_group=channels // values,
         head_dim=head_dim,
     )
 
@@ -69,24 +101,53 @@ def query_channels(size: Widths, groups: Sequence[int]) -> Tensor:
 def narrow(block: nn.Module, architecture: ModelArchitecture, kept: Kept) -> None:
     """Take heads and neurons out of a block, in place: rows of what makes them, columns of what reads them.
 
+    Where norms are over the queries and keys of all heads, heads stay and give zeros: without them, the norms would be others.
+
     Raises:
         ValueError: nothing of a kind would stay.
     """
     if not kept.groups or not kept.neurons:
         raise ValueError("a block keeps at least one group of heads and one neuron")
     size = widths(block, architecture)
+    if architecture.norms_all_heads:
+        _silence(block, architecture, size, kept.groups)
+        kept = replace(kept, groups=tuple(range(size.groups)))
     channels, neurons = query_channels(size, kept.groups), torch.tensor(kept.neurons)
     values = torch.cat([torch.arange(group * size.head_dim, (group + 1) * size.head_dim) for group in kept.groups])
-    makers = dict(zip(architecture.qkv, (channels, values, values), strict=True))
-    reader = neuron_output(architecture)
-    makers |= dict.fromkeys(filter(None, (architecture.feeders[reader], architecture.gates.get(reader))), neurons)
-    for name, rows in makers.items():
+    rows: dict[str, list[Tensor]] = {}
+    parts = row_parts(architecture, size)
+    for name, stay in zip(_makers(architecture), (channels, values, values, neurons, neurons), strict=True):
+        found = rows.setdefault(name, [])
+        found.append(stay + sum(parts[name][: len(found)]))
+    for name, places in rows.items():
         linear = block.get_submodule(name)
-        bias = None if linear.bias is None else linear.bias[rows.to(linear.weight.device)]
-        block.set_submodule(name, linear_of(linear.weight[rows.to(linear.weight.device)], bias))
-    for name, columns in ((attention_output(architecture), channels), (reader, neurons)):
+        stay = torch.cat(places).to(linear.weight.device)
+        block.set_submodule(name, linear_of(linear.weight[stay], None if linear.bias is None else linear.bias[stay]))
+    for name, columns in ((attention_output(architecture), channels), (neuron_output(architecture), neurons)):
         linear = block.get_submodule(name)
         block.set_submodule(name, linear_of(linear.weight[:, columns.to(linear.weight.device)].contiguous(), linear.bias))
+    _tell_attention(block, architecture)
+
+
+def _silence(block: nn.Module, architecture: ModelArchitecture, size: Widths, groups: Sequence[int]) -> None:
+    """Zeros in the rows of the values, and the columns that read them, of all groups but these."""
+    assert architecture.qkv is not None
+    values, reader = (block.get_submodule(name) for name in (architecture.qkv[2], attention_output(architecture)))
+    for group in set(range(size.groups)) - set(groups):
+        values.weight[group * size.head_dim : (group + 1) * size.head_dim] = 0
+        if values.bias is not None:
+            values.bias[group * size.head_dim : (group + 1) * size.head_dim] = 0
+        reader.weight[:, query_channels(size, (group,)).to(reader.weight.device)] = 0
+
+
+def _tell_attention(block: nn.Module, architecture: ModelArchitecture) -> None:
+    """Where queries end in a fused linear, attention takes from its configuration and its own attributes."""
+    if architecture.qkv is None or architecture.qkv[0] not in architecture.fused:
+        return
+    size, attention = widths(block, architecture), block.get_submodule(architecture.attention)
+    attention.config = copy.copy(attention.config)
+    attention.config.num_attention_heads = size.groups * size.heads_a_group
+    attention.num_key_value_heads = size.groups
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -109,6 +170,7 @@ def fill_narrowed(block: nn.Module, tensors: Mapping[str, Tensor], architecture:
         block.set_submodule(name, linear_of(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")))
     fill_block(block, tensors)
     block.requires_grad_(False)
+    _tell_attention(block, architecture)
 
 
 def narrowed_on_demand(source: ModelSource, outside: Mapping[str, Tensor], read: BlockTensors) -> nn.Module:

@@ -15,13 +15,14 @@ from algorithms.blockwise.pipeline import BITS
 from algorithms.blockwise.stages import convert, facts, read_json
 from algorithms.finetuning.recovery import targets
 from algorithms.formats.checkpoint import Calibrated
+from algorithms.formats.pruned import ragged, stock
 from algorithms.formats.pruned.padded import read_padded, write_padded
 from algorithms.formats.pruned.ragged import MODELING, read_ragged, write_ragged
 from algorithms.formats.pruned.sizes import StoredSize, sizes
 from algorithms.formats.pruned.stock import expressible_biases
 from algorithms.modeling.files import atomic_write_json
 from algorithms.modeling.source import ModelSource
-from algorithms.modeling.transforms.narrowing import attention_output, narrowed_on_demand, neuron_output, widths
+from algorithms.modeling.transforms.narrowing import attention_output, narrowed_on_demand, neuron_output, obstacle, widths
 from algorithms.pruning.flap import calibration, ranking, recovery
 from algorithms.pruning.flap.config import FlapConfig
 from algorithms.pruning.flap.recovery import recover_pruned
@@ -63,9 +64,7 @@ class FlapPruner(CompressionAlgorithm):
                 f"{key}: where {source.architecture.model_type} has heads and neurons is not known; FLAP needs a row of the "
                 "architecture table (algorithms/modeling/families/table.py)."
             )
-        missing = [name for name in ("feeders", "gates") if not vars(source.architecture)[name]]
-        if missing:
-            raise ValueError(f"{key}: {source.architecture.model_type} has no gated feed-forward part, which FLAP prunes.")
+        self._refuse(source, key)
         size = widths(source.block_skeleton(), source.architecture)
         hidden = source.config.hidden_size
         for name, value in (("gqa_groups", size.heads_a_group), ("head_dim", size.head_dim), ("hidden_dim", hidden)):
@@ -79,6 +78,17 @@ class FlapPruner(CompressionAlgorithm):
         if config.recovers and config.recovering.method == "lora":
             said = key if config.target_modules is not None else f"{key}.recovery"
             targets(source.architecture.linears, config.recovering.target_modules, said)
+
+    def _refuse(self, source: ModelSource, key: str) -> None:
+        """Families that cannot be pruned, and formats that cannot hold a pruned model of this one."""
+        reason = obstacle(source.architecture)
+        if reason is not None:
+            raise ValueError(f"{key}: FLAP prunes heads and gated neurons of plain models, and {reason}")
+        refusals = {PADDED: stock.family_refusal(source.config), RAGGED: ragged.family_refusal(source.config)}
+        said = [f"EXPORT: {name}: {refusals[name]}" for name in self.exports if refusals[name] is not None]
+        if said:
+            fitting = [name for name, refused in refusals.items() if refused is None]
+            raise ValueError("\n".join([*said, *(f"EXPORT: [{name}] holds it." for name in fitting)]))
 
     def stages(self) -> Sequence[StageSpec]:
         """In their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +28,8 @@ from algorithms.modeling.transforms.narrowing import (
 from algorithms.numerics.statistics import InputStatistics
 from algorithms.pruning.flap.config import FlapConfig
 from algorithms.pruning.flap.ranking import BlockRanking, ranking_facts, read_ranking
+
+logger = logging.getLogger(__name__)
 
 KIND = "flap-pruning"
 LEAST_SQUARES, BIAS = "least_squares", "bias"
@@ -54,8 +57,19 @@ def prune(context: StageContext, artifact: Artifact, config: FlapConfig, biased:
         offload=config.offload_activations,
         facts=lambda reports: {"bits": _bits(reports, original), "ranking": ranking_facts(artifact.directory)},
     )
+    if leaves_means_alone(config, source.architecture):
+        logger.warning(
+            "compensation: least_squares refits what is added to the residual stream as it is, which nothing in %s is; biases "
+            "for the means of what goes are added where there is a place for them",
+            source.architecture.model_type,
+        )
     compressor = FlapCompressor(config, read_ranking(artifact.directory), source.architecture, biased)
     return calibrate(context, source, compressor, how)
+
+
+def leaves_means_alone(config: FlapConfig, architecture: ModelArchitecture) -> bool:
+    """Whether least squares has nothing to refit, as where norms follow what attention and the MLP give: means stand for it."""
+    return config.compensation == LEAST_SQUARES and not architecture.residual_writers
 
 
 class FlapCompressor:
@@ -79,6 +93,7 @@ class FlapCompressor:
     ) -> None:
         self._config, self._ranking, self._architecture, self._biased = config, ranking, architecture, biased
         narrowed = [index for index, block in enumerate(ranking) if not block.is_whole]
+        self._leaves_means = config.compensation == BIAS or leaves_means_alone(config, architecture)
         self._first_narrowed = narrowed[0] if narrowed else len(ranking)
         self._started = 0.0
         self._report: dict[str, object] = {}
@@ -88,7 +103,7 @@ class FlapCompressor:
         """Narrow the block; channels that go leave their means behind, where that is asked for."""
         self._started, ranking, architecture = time.process_time(), self._ranking[index], self._architecture
         self._had_bias = {name for name in architecture.linears if block.get_submodule(name).bias is not None}
-        biases = {} if self._config.compensation != BIAS else self._biases_of_the_gone(ranking, block)
+        biases = self._biases_of_the_gone(ranking, block) if self._leaves_means else {}
         narrow(block, architecture, ranking.kept)
         for name, bias in biases.items():
             linear = block.get_submodule(name)

@@ -51,6 +51,8 @@ class Aqlm(CompressionAlgorithm):
             check_shapes(source, in_group=self._calibration.in_group_size, out_group=self._calibration.out_group_size)
         if "finetune" in stages and self._tuning is not None:
             check_container(self._tuning.code_dtype, self._calibration.bits_per_codebook)
+        if "conversion" in stages and "aqlm" in self.exports and source.architecture.experts is not None:
+            raise ValueError("EXPORT: aqlm: transformers has no experts with AQLM's codes. EXPORT: [dense] holds them.")
 
     def stages(self) -> Sequence[StageSpec]:
         """The stages of the recipe, with the settings that shape each."""

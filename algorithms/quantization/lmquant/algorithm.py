@@ -11,6 +11,7 @@ from algorithms.base import Artifact, CompressionAlgorithm, StageSpec
 from algorithms.blockwise.pipeline import check_groups, linear_shapes
 from algorithms.blockwise.uniform_exports import check_exports
 from algorithms.formats import qserve
+from algorithms.modeling.architecture import ModelArchitecture
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.rotation import RotatedSource
 from algorithms.modeling.transforms.serving import Serving
@@ -45,11 +46,14 @@ class Lmquant(CompressionAlgorithm):
             ValueError: what is wrong, and which key to change.
         """
         weights = self._settings.weights
-        if source.architecture.qkv is None:
+        if source.architecture.is_inspected:
             raise ValueError(
                 f"llm.LMQuant: which linears make queries, keys and values is not known for {source.config.model_type}. Choose "
                 "another algorithm, or add a row to algorithms/modeling/families/table.py."
             )
+        reason = family_refusal(source.architecture)
+        if reason is not None:
+            raise ValueError(f"llm.LMQuant: {reason}")
         if "calibration" in stages:
             if weights is not None:
                 check_groups(source, weights.group_size, "llm.LMQuant.quant.wgts.group_shapes")
@@ -108,6 +112,19 @@ class Lmquant(CompressionAlgorithm):
         others = [name for name in self.exports if name not in (QSERVE, DENSE)]
         if weights is not None and not weights.progressive and others:
             check_exports(setting_of(self._settings, weights), others, source)
+
+
+def family_refusal(architecture: ModelArchitecture) -> str | None:
+    """Why a family's linears do not have the roles by which QoQ treats them, in a sentence; None where they have."""
+    found = [group[0] for group in architecture.input_groups if group != architecture.qkv]
+    if len(found) == len(architecture.input_groups):
+        return f"{architecture.model_type} has no three linears for queries, keys and values that alone share an input."
+    unfed = [leader for leader in found if leader not in {*architecture.input_norms, *architecture.feeders}]
+    if architecture.experts is not None or unfed:
+        named = ", ".join(unfed[:3]) or architecture.experts
+        place = f"{named} in {architecture.model_type}"
+        return f"QoQ smooths what a norm or another linear makes, and neither makes the input of {place}."
+    return None
 
 
 def refusal(settings: Settings, name: str) -> str | None:

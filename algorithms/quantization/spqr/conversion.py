@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from algorithms.blockwise import uniform_exports
-from algorithms.blockwise.pipeline import linear_shapes
+from algorithms.blockwise.pipeline import linear_shapes, linears_of
 from algorithms.blockwise.stages import Exporter, open_checkpoint, read_json
 from algorithms.blockwise.uniform_exports import Setting
 from algorithms.formats import compressed_tensors, gptq
@@ -36,6 +36,8 @@ def check_exports(config: SpqrConfig, exports: Sequence[str], source: ModelSourc
     reasons = {name: _refusal(name, config) for name in exports}
     if "gptq" in exports and reasons["gptq"] is None:
         reasons["gptq"] = gptq.shape_refusal(linear_shapes(source))
+    if "compressed-tensors" in exports and reasons["compressed-tensors"] is None:
+        reasons["compressed-tensors"] = compressed_tensors.class_refusal(linears_of(source))
     said = [f"EXPORT: {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if said:
         raise ValueError("\n".join([*said, "EXPORT: [dense] and [spqr] hold every setting."]))

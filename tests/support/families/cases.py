@@ -54,13 +54,23 @@ CASES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "opt-gelu-norms-behind": ("opt", {**_OPT, "activation_function": "gelu", "do_layer_norm_before": False}),
     "gpt_neox": ("gpt_neox", dict(_NEOX)),
     "gpt_neox-one-by-one": ("gpt_neox", {**_NEOX, "use_parallel_residual": False}),
+    "seed_oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "use_sliding_window": True, "pad_token_id": 0, **_WINDOWS}),
+}
+
+# Of the second block of Qwen's, the MLP is a plain one.
+_SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
+MIXTURES: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
+    "qwen2_moe": ("qwen2_moe", {**_SPARSE, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", {**_SPARSE, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}),
 }
 
 
 def save_case(folder: Path, case: str, *, blocks: int = 2, **changes: object) -> Path:
     """The model of a case, in float32, with weights that are large enough to make tokens differ."""
-    model_type, settings = CASES[case]
+    model_type, settings = {**CASES, **MIXTURES}[case]
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -74,5 +84,5 @@ def save_case(folder: Path, case: str, *, blocks: int = 2, **changes: object) ->
         sizes |= {"num_key_value_heads": 2, "head_dim": 8}
     if model_type not in ("opt", "falcon"):
         sizes |= {"intermediate_size": 64}
-    cycled = {key: (blocks * value)[:blocks] for key, value in settings.items() if isinstance(value, list)}
+    cycled = {key: (blocks * settings[key])[:blocks] for key in ("layer_types", "no_rope_layers") if key in settings}
     return save_random(folder, AutoConfig.for_model(model_type, **{**sizes, **settings, **cycled, **changes}))
