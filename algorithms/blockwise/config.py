@@ -97,7 +97,7 @@ class BlockwiseParameters(AlgorithmParameters):
         if self.targets == "original":
             settings.pop("true_sequential")  # implied
         if self.min_expert_tokens is None:
-            settings.pop("min_expert_tokens")
+            settings.pop("min_expert_tokens", None)
         if self.targets != "original" or self.block_tuning is not None:
             settings.pop("reference_samples")  # none is followed, or all are
         if self.block_tuning is not None:

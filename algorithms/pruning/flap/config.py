@@ -35,6 +35,7 @@ _PRUNING = ("compensation", "ridge", "reference_samples", "dtype", "attn_impleme
 _BOTH_SPELLINGS = "model_seqlen alone: seqlen is another spelling of it"
 _ORIGINAL = "original: what is left of a block makes up for all that went before it, which takes the original's outputs"
 _NO_TUNING = "null: pruned blocks are compensated for in closed form; to_finetune tunes the whole model afterwards"
+_NO_EXPERTS = "null: mixtures of experts are not pruned"
 _NO_OFFSET = (
     "false: nyuntam prunes as many blocks, but from the first one on, and ranks those by the statistics of others; here the "
     "blocks from start_pruning_layer_idx on are ranked and pruned"
@@ -97,6 +98,7 @@ class FlapConfig(AdaptKeys, BlockwiseParameters):
     # refused unless they ask for nothing
     targets: Annotated[str, BeforeValidator(Only("original", _ORIGINAL))] = "original"
     block_tuning: Annotated[None, BeforeValidator(Only(None, _NO_TUNING))] = None
+    min_expert_tokens: Annotated[None, BeforeValidator(Only(None, _NO_EXPERTS))] = None
     legacy_layer_offset: Annotated[bool, BeforeValidator(Only(False, _NO_OFFSET))] = False
 
     @model_validator(mode="before")

@@ -61,7 +61,7 @@ class Aqlm(CompressionAlgorithm):
         if config.targets == "original":
             settings.pop("true_sequential")  # implied
         if config.min_expert_tokens is None:
-            settings.pop("min_expert_tokens")
+            settings.pop("min_expert_tokens", None)
         return (
             StageSpec(
                 name="calibration",

@@ -77,7 +77,7 @@ class ReallmConfig(BlockwiseParameters):
         else:
             settings.pop("reference_samples")  # none is followed
         if self.min_expert_tokens is None:
-            settings.pop("min_expert_tokens")
+            settings.pop("min_expert_tokens", None)
         return settings | self.decoder_shaping
 
     @property

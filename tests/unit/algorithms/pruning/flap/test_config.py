@@ -33,6 +33,7 @@ def test_the_keys_and_their_defaults():
     own |= {"gqa_groups": None, "head_dim": None, "hidden_dim": None, "eval": False, "save_model": None, "pad_neurons_to": 32}
     shared = {"nsamples": 1024, "model_seqlen": 128, "seed": 0, "val_size": None, "targets": "original", "dtype": "auto"}
     shared |= {"reference_samples": None, "true_sequential": False, "block_tuning": None, "offload_activations": True}
+    shared |= {"min_expert_tokens": None}
     shared |= {"attn_implementation": None, "overwrite": False, "save_intermediate_results": False}
     assert values == own | shared
 

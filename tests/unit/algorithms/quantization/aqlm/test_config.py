@@ -70,7 +70,7 @@ CONVERSION = {
 }
 # Keys that upstream does not have.
 OURS = {
-    CalibrationConfig: {"targets"},
+    CalibrationConfig: {"targets", "min_expert_tokens"},
     FinetuneConfig: {
         "nsamples", "val_size", "lr_schedule", "warmup_steps", "max_grad_norm", "teacher_cache", "update_codebooks",
         "update_scales", "update_norms", "update_embeddings",

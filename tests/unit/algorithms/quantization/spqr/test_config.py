@@ -19,7 +19,7 @@ UPSTREAM = {
     **{"keep_last_columns": 0, "blocksize": 128, "load": None, "save": None, "custom_data_path": None},
 }
 OURS = {"max_outlier_share", "target_bits", "refinements", "targets", "reference_samples", "block_tuning", "val_size"}
-OURS |= {"model_seqlen", "attn_implementation", "save_intermediate_results", "overwrite"}
+OURS |= {"model_seqlen", "attn_implementation", "save_intermediate_results", "overwrite", "min_expert_tokens"}
 PLAIN = {"qq_scale_bits": None, "qq_zero_bits": None}
 
 
