@@ -12,6 +12,7 @@ from algorithms.base import Artifact, CompressionAlgorithm, StageSpec
 from algorithms.blockwise.config import BlockwiseParameters
 from algorithms.blockwise.pipeline import Pipeline, check_groups
 from algorithms.blockwise.uniform_exports import FORMATS, Setting, check_exports
+from algorithms.modeling.mixtures.experts import compute_in_float16
 from algorithms.modeling.source import ModelSource
 from algorithms.numerics.uniform import UniformCodes
 from algorithms.workload import Workload
@@ -73,3 +74,9 @@ class UniformAlgorithm(CompressionAlgorithm):
     def bits(self, artifact: Artifact) -> Mapping[str, float]:
         """Stored bits by component, and the number of compressed weights."""
         return self._pipeline.bits(artifact)
+
+    def as_served(self, model: nn.Module, artifact: Artifact, source: ModelSource, client: str | None = None) -> nn.Module:
+        """The same, but that transformers unpacks experts of a mixture in float16 when it reads compressed-tensors."""
+        if client == "compressed-tensors":
+            compute_in_float16(model)
+        return model

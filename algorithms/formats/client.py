@@ -73,7 +73,16 @@ def load(client_format: str, directory: Path) -> torch.nn.Module:
         return load_shipped(directory)
     options = {"gguf_file": "model.gguf"} if client_format == "gguf" else {}
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    if client_format == "compressed-tensors":
+        _compute_experts_in_float32(model)
     return (_widened(model, directory) if client_format == "auto-round" else model).eval()
+
+
+def _compute_experts_in_float32(model: torch.nn.Module) -> None:
+    """Experts that transformers has unpacked stay in float16, whatever dtype was asked for, and compute so."""
+    for parameter in model.parameters():
+        if parameter.ndim == 3 and parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()
 
 
 @torch.no_grad()

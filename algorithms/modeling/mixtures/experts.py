@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from algorithms.modeling.mixtures.pacing import pause
 
+_ROUNDED = "computes_in_float16"
 READER = "read_weight"  # attribute of a linear whose weight is read when its expert computes
 
 
@@ -144,3 +145,17 @@ def _is_fused(module: nn.Module) -> bool:
     gate = getattr(type(module), "_apply_gate", None)
     ordinary = gate is None or gate.__name__ == "_default_apply_gate"
     return plain and ordinary and hasattr(module, "act_fn") and both.shape == (count, 2 * neurons, hidden)
+
+
+def compute_in_float16(model: nn.Module) -> None:
+    """Let experts of a model compute with weights rounded to float16, whenever they get them; again has no further effect."""
+    for mixture in model.modules():
+        if isinstance(mixture, Experts) and not vars(mixture).get(_ROUNDED, False):
+            vars(mixture)[_ROUNDED] = True
+            for linear in mixture.modules():
+                if isinstance(linear, nn.Linear):
+                    linear.register_forward_pre_hook(_round_weight)
+
+
+def _round_weight(linear: nn.Linear, inputs: object) -> None:
+    linear.weight.data = linear.weight.data.half().to(linear.weight.dtype)

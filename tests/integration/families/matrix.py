@@ -54,7 +54,7 @@ _NO_GATES = Cell(certified=None, refused={"FlapPruner": "no gated feed-forward p
 _WHOLE = _row(_PACKED, _AQLM, _PADDED)
 _UNGATED = _row(_PACKED, _AQLM, _NO_GATES)
 _NO_MIXTURES = Cell(certified=None, refused={"FlapPruner": "a mixture, whose experts each see tokens of their own"})
-_MIXTURE = _row(_certified("dense"), _certified("dense", aqlm="transformers has no experts with AQLM's codes"), _NO_MIXTURES)
+_MIXTURE = _row(_PACKED, _certified("dense", aqlm="transformers has no experts with AQLM's codes"), _NO_MIXTURES)
 
 MATRIX: Mapping[str, Mapping[str, Cell]] = {
     "llama": _WHOLE,
