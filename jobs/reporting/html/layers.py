@@ -28,7 +28,7 @@ def errors_section(blocks: Sequence[BlockRecord]) -> Section:
         figures.append(
             Drawing(
                 svg=lines("Error of each linear", _by_name(linears, "relative_error"), axis),
-                caption="Squared error of each linear's outputs over their square, before block tuning.",
+                caption="Squared error of each linear's outputs over their square, before block tuning; of experts, the mean of all.",
             )
         )
     if any(linear.distance is not None for linear in linears):
@@ -58,15 +58,43 @@ def errors_section(blocks: Sequence[BlockRecord]) -> Section:
 
 
 def _by_name(linears: Sequence[LinearRecord], value: str) -> list[Series]:
-    names = dict.fromkeys(linear.name for linear in linears)
+    """A line for each linear of a block; for all experts of a block one of their means."""
+    found: dict[str, dict[int, list[float | None]]] = {}
+    for one in linears:
+        found.setdefault(one.place, {}).setdefault(one.block, []).append(getattr(one, value))
     return [
-        Series(
-            label=name,
-            x=[one.block for one in linears if one.name == name],
-            y=finite([getattr(one, value) for one in linears if one.name == name]),
-        )
-        for name in names
+        Series(label=place, x=list(blocks), y=finite([_mean(values) for values in blocks.values()]))
+        for place, blocks in found.items()
     ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def experts_section(blocks: Sequence[BlockRecord]) -> Section:
+    """How many tokens the experts of a mixture were given."""
+    experts = [expert for block in blocks for expert in block.experts]
+    if not experts:
+        return Section(id="experts", title="Experts")
+    mixed = [block for block in blocks if block.experts]
+    counts = [sorted(expert.tokens for expert in block.experts) for block in mixed]
+    shown = {
+        "most": [row[-1] for row in counts],
+        "median": [row[len(row) // 2] for row in counts],
+        "least": [row[0] for row in counts],
+    }
+    series = [Series(label=label, x=[block.index for block in mixed], y=values) for label, values in shown.items()]
+    drawing = Drawing(
+        svg=lines("Tokens of each expert", series, Axis(x="block", y="tokens", whole=True)),
+        caption="Calibration tokens that the routers gave the experts of each block. Statistics of an expert that was given "
+        "too few were taken from all tokens.",
+    )
+    rows = [(str(one.block), str(one.number), str(one.tokens), "all tokens" if one.saw_all else "its own") for one in experts]
+    starved = sum(one.saw_all for one in experts)
+    table = Table.of(("block", "expert", "tokens", "calibrated on"), rows, folded=f"every expert ({starved} on all tokens)")
+    return Section(id="experts", title="Experts", tables=[table], figures=[drawing])
 
 
 def tuning_section(found: Measurements) -> Section:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ class LinearRecord:
     gaussian_bits: float | None
 
     @property
+    def place(self) -> str:
+        """The name, with a star for the number of an expert: a mixture has too many of them to be told apart."""
+        return re.sub(r"(?<=\bexperts\.)\d+(?=\.)", "*", self.name)
+
+    @property
     def distance(self) -> float | None:
         """Bits beyond the Gaussian rate-distortion function."""
         if self.bits_per_weight is None or self.gaussian_bits is None:
@@ -32,14 +38,28 @@ class LinearRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertRecord:
+    """Tokens that the router gave one expert of a block, and whether its statistics were taken from all tokens instead."""
+
+    block: int
+    number: int
+    tokens: int
+    saw_all: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockRecord:
-    """One block: its linears, the error of its output, and the losses of its tuning, training and held out, by epoch."""
+    """One block: its linears, the error of its output, and the losses of its tuning, training and held out, by epoch.
+
+    ``experts`` are those of a mixture.
+    """
 
     index: int
     linears: Sequence[LinearRecord]
     output_error: float | None
     training_losses: Sequence[float]
     validation_losses: Sequence[float]
+    experts: Sequence[ExpertRecord] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +113,18 @@ def _block(line: Mapping[str, Any]) -> BlockRecord:
         output_error=_number(line.get("output_error")),
         training_losses=tuning.get("training_losses", []),
         validation_losses=tuning.get("validation_losses", []),
+        experts=_experts(line["index"], line.get("experts")),
     )
+
+
+def _experts(block: int, record: object) -> list[ExpertRecord]:
+    if not isinstance(record, dict):
+        return []
+    everywhere = set(record.get("calibrated_on_all_tokens", []))
+    return [
+        ExpertRecord(block=block, number=number, tokens=int(count), saw_all=number in everywhere)
+        for number, count in enumerate(record.get("tokens", []))
+    ]
 
 
 def _linear(block: int, name: str, record: Mapping[str, Any]) -> LinearRecord:

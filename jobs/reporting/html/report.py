@@ -16,7 +16,7 @@ from jobs.logs import duration
 from jobs.manifest import Manifest
 from jobs.reporting.certificate import FormatCertificate, Verdict
 from jobs.reporting.html.drawing import Axis, bars, shares
-from jobs.reporting.html.layers import errors_section, tuning_section
+from jobs.reporting.html.layers import errors_section, experts_section, tuning_section
 from jobs.reporting.html.measurements import read_measurements
 from jobs.reporting.html.page import Badge, Drawing, Number, Page, Row, Section, Table
 from jobs.reporting.html.settings import settings_of
@@ -57,6 +57,7 @@ def report(account: Account) -> str:
             _quality(summary),
             _bits(summary),
             errors_section(found.blocks),
+            experts_section(found.blocks),
             tuning_section(found),
             _costs(summary),
             Section(id="warnings", title="Warnings", notes=_warnings(account)),
