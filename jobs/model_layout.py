@@ -50,8 +50,8 @@ def check_layout(source: ModelSource) -> None:
 def _compare(source: ModelSource, blocks: int) -> None:
     stored, place = dict(_heads(source)), source.directory
     for name, parameter in source.skeleton().named_parameters():
-        if name not in stored and name == f"{source.architecture.head}.weight":
-            continue  # a head that is not there may be the embeddings; the model around the blocks is filled first, and tells
+        if name not in stored and name == f"{source.architecture.head}.weight" and source.is_tied:
+            continue  # it is the embeddings
         if name not in stored:
             raise DataError(f"MODEL: {place} has no tensor {name!r}; its weight files do not match its config.json.")
         found = stored[name]

@@ -60,6 +60,10 @@ class _Gate(nn.Module):
         return outputs
 
 
+def _nothing(place: int, output: Tensor) -> None:
+    pass
+
+
 class BlockWalk(AbstractContextManager["BlockWalk"]):
     """Walks all batches of a block from linear to linear.
 
@@ -82,7 +86,7 @@ class BlockWalk(AbstractContextManager["BlockWalk"]):
         names: Sequence[str],
         *,
         behind: bool = False,
-        on_output: Callable[[int, Tensor], None] = lambda place, output: None,
+        on_output: Callable[[int, Tensor], None] = _nothing,
         hold: bool | None = None,
     ) -> None:
         self._block, self._index, self._activations, self._names = block, index, activations, tuple(names)
@@ -120,6 +124,8 @@ class BlockWalk(AbstractContextManager["BlockWalk"]):
         for name, gate in self._gates.items():
             self._block.set_submodule(name, gate.module)
         self._exits.close()
+        # Circles would keep a block, and all its weights, until the collector of garbage comes by.
+        self._gates, self._on_output = {}, _nothing
 
     @torch.no_grad()
     def next_stop(self) -> Iterator[Tensor]:

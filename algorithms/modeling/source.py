@@ -213,6 +213,11 @@ class ModelSource:
         """
         return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embeddings."""
+        return getattr(self.config, "tie_word_embeddings", True)
+
     def tensors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Read tensors by name, each detached from the file's memory map; floating ones in ``dtype`` if that is given.
 
@@ -366,8 +371,8 @@ class ModelSource:
         return model
 
     def _tied_name(self, model: PreTrainedModel, name: str) -> str | None:
-        """The stored twin of a tied head."""
-        if name != self.architecture.head or f"{name}.weight" in self.weight_files:
+        """The stored twin of a tied head; None for any other module, and for a head that should be there and is not."""
+        if name != self.architecture.head or f"{name}.weight" in self.weight_files or not self.is_tied:
             return None
         embeddings = model.get_input_embeddings()
         return next(f"{path}." for path, module in model.named_modules() if module is embeddings)

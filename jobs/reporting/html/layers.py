@@ -28,7 +28,7 @@ def errors_section(blocks: Sequence[BlockRecord]) -> Section:
         figures.append(
             Drawing(
                 svg=lines("Error of each linear", _by_name(linears, "relative_error"), axis),
-                caption="Squared error of each linear's outputs over their square, before block tuning; of experts, the mean of all.",
+                caption="Squared error of each linear's outputs over their square, before block tuning; of experts their mean.",
             )
         )
     if any(linear.distance is not None for linear in linears):

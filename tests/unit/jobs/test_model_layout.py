@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
 from jobs.model_layout import check_layout
+from tests.support.families.cases import save_case
 from tests.support.models import save_family
 
 LAST = "model.layers.1.mlp.down_proj.weight"
@@ -129,3 +130,32 @@ def test_a_disk_that_fails_is_not_called_a_damaged_configuration(model, monkeypa
     monkeypatch.setattr("algorithms.modeling.source.AutoConfig.from_pretrained", fail)
     with pytest.raises(PermissionError):
         check_layout(ModelSource(model))
+
+
+def test_only_a_tied_head_may_be_left_out(model):
+    configure(model, tie_word_embeddings=False)
+    change(model, **{"lm_head.weight": None})
+    with pytest.raises(DataError, match="no tensor 'lm_head"):
+        check_layout(ModelSource(model))
+    with pytest.raises(ValueError, match="no tensor 'lm_head"):
+        ModelSource(model).load_outside()
+    configure(model, tie_word_embeddings=True)
+    check_layout(ModelSource(model))
+    outside = ModelSource(model).load_outside()
+    assert outside.lm_head.weight is outside.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_are_looked_at_one_by_one(tmp_path, family):
+    folder = save_case(tmp_path / "model", family)
+    check_layout(ModelSource(folder))
+    name = next(name for name in load_file(folder / "model.safetensors") if ".experts.2." in name)
+    shape = load_file(folder / "model.safetensors")[name].shape
+    for wrong, words in (
+        (None, "no tensor"),
+        (torch.zeros(3, 5), "shape"),
+        (torch.zeros(shape, dtype=torch.int8), "floating"),
+    ):
+        change(folder, **{name: wrong})
+        with pytest.raises(DataError, match=words):
+            check_layout(ModelSource(folder))

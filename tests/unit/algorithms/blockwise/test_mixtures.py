@@ -19,7 +19,7 @@ from algorithms.quantization.rtn.algorithm import Rtn
 from algorithms.quantization.rtn.config import RtnConfig
 from algorithms.quantization.spqr.algorithm import Spqr
 from algorithms.quantization.spqr.config import SpqrConfig
-from tests.support.families.mixtures import MIXTURES, save_mixture
+from tests.support.families.cases import MIXTURES, save_case
 from tests.support.rank_processes import run_on_ranks
 from tests.unit.algorithms.quantization.plugin_runs import (
     assert_resumes,
@@ -60,7 +60,7 @@ def _algorithm(name, **changes):
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
-    return ModelSource(save_mixture(tmp_path_factory.mktemp("mixtral"), "mixtral", blocks=3))
+    return ModelSource(save_case(tmp_path_factory.mktemp("mixtral"), "mixtral", blocks=3))
 
 
 def _divergence(found, wanted):
@@ -75,7 +75,7 @@ def _signal(wanted):
 @pytest.mark.parametrize("family", MIXTURES)
 @pytest.mark.parametrize("name", ["gptq", "awq", "aqlm", "rtn"])
 def test_what_stock_transformers_loads_is_what_was_calibrated_and_close(tmp_path, family, name):
-    source = ModelSource(save_mixture(tmp_path / "base", family))
+    source = ModelSource(save_case(tmp_path / "base", family))
     algorithm = _algorithm(name)
     calibrated, *_, converted = run(algorithm, source, tmp_path)
     folder = export_folder(converted, algorithm, "dense")
@@ -146,7 +146,7 @@ def test_starved_experts_are_reported_and_fitted_to_all_tokens(tmp_path, mixtral
 
 
 def test_statistics_of_experts_are_worth_their_while(tmp_path):
-    source = ModelSource(save_mixture(tmp_path / "base", "mixtral"))
+    source = ModelSource(save_case(tmp_path / "base", "mixtral"))
     base, left = base_logits(source), {}
     for name, changes in (("rtn", {}), ("gptq", {"nsamples": 66})):
         algorithm = _algorithm(name, wbits=4, **changes)

@@ -1,6 +1,8 @@
 """The loop walks a small Llama with a compressor that writes down what it is handed, beside a plain walk over whole models."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -205,6 +207,32 @@ def test_without_data_every_linear_is_compressed_all_the_same(tmp_path, source):
     assert compressor.order == [(index, name) for index in range(3) for group in GROUPS for name in group]
     stored = BlockStore(tmp_path).load(1)[0]["mlp.up_proj.weight"]
     torch.testing.assert_close(stored, 0.9 * source.load_block(1).mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("tunes", [False, True])
+def test_a_block_is_freed_before_the_next_one_is_compressed(tmp_path, source, monkeypatch, tunes):
+    """By counting references: two blocks beside their originals would be twice the memory until garbage is collected."""
+    seen, alive, deepcopy = [], [], copy.deepcopy
+
+    def _noted(value, memo=None):
+        copied = deepcopy(value, memo)
+        if hasattr(copied, "self_attn") and not any(parameter.is_meta for parameter in copied.parameters()):
+            seen.append(weakref.ref(copied))
+        return copied
+
+    class _Watching(_Halving):
+        def prepare_block(self, index, block, inputs):
+            alive.append([other() is not None for other in seen[:-1]])  # the last one is this block's original
+            seen.append(weakref.ref(block))
+
+    monkeypatch.setattr(copy, "deepcopy", _noted)
+    gc.collect()
+    gc.disable()
+    try:
+        _walk(source, tmp_path, original=True, compressor=_Watching(tunes=tunes))
+    finally:
+        gc.enable()
+    assert alive == [[], [False] * 2, [False] * 4]
 
 
 def test_the_output_error_is_relative_to_the_targets(source):

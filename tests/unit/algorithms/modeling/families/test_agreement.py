@@ -3,13 +3,12 @@
 import pytest
 
 from algorithms.modeling.source import ModelSource
-from tests.support.families.cases import CASES, save_case
-from tests.support.families.mixtures import MIXTURES, save_mixture
+from tests.support.families.cases import CASES, MIXTURES, save_case
 
 
 @pytest.mark.parametrize("case", [*CASES, *MIXTURES])
 def test_inspection_finds_what_the_table_says(tmp_path, case):
-    source = ModelSource((save_case if case in CASES else save_mixture)(tmp_path, case))
+    source = ModelSource(save_case(tmp_path, case))
     found, row = source.inspection.architecture, source.architecture
     blocks = source.skeleton().get_submodule(row.blocks).children()
     groups = found.resolved(blocks).input_groups

@@ -7,7 +7,7 @@ from algorithms.modeling.activations import embed
 from algorithms.modeling.lockstep import BlockWalk
 from algorithms.modeling.mixtures.deferred import change_weight, hold_all, is_deferred, mixtures, restore, take
 from algorithms.modeling.source import ModelError, ModelSource
-from tests.support.families.mixtures import save_mixture
+from tests.support.families.cases import save_case
 from tests.support.models import token_sequences
 
 GATE, DOWN = "mlp.experts.2.gate_proj", "mlp.experts.2.down_proj"
@@ -15,7 +15,7 @@ GATE, DOWN = "mlp.experts.2.gate_proj", "mlp.experts.2.down_proj"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return ModelSource(save_mixture(tmp_path_factory.mktemp("mixtral"), "mixtral"))
+    return ModelSource(save_case(tmp_path_factory.mktemp("mixtral"), "mixtral"))
 
 
 def _inputs(source, count=5):
@@ -133,7 +133,7 @@ def test_a_block_can_be_read_for_good(source):
 def test_a_damaged_expert_is_named_when_it_is_read(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = save_mixture(tmp_path, "mixtral")
+    folder = save_case(tmp_path, "mixtral")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.block_sparse_moe.experts.2.w1.weight"][0, 0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from algorithms.modeling.mixtures.experts import Expert, Experts, in_step, separate_experts
 from algorithms.modeling.on_demand import resident, source_on_demand
 from algorithms.modeling.source import ModelSource
-from tests.support.families.mixtures import MIXTURES, save_mixture
+from tests.support.families.cases import MIXTURES, save_case
 from tests.support.models import token_sequences
 
 TOKENS = torch.cat(token_sequences(3, 20))
@@ -23,13 +23,13 @@ def _stock(folder):
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_computes_what_transformers_does(tmp_path, family):
-    folder = save_mixture(tmp_path, family)
+    folder = save_case(tmp_path, family)
     assert torch.equal(_logits(resident(source_on_demand(ModelSource(folder)))), _logits(_stock(folder)))
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_are_found_in_one_tensor_too(tmp_path, family):
-    folder = save_mixture(tmp_path / "apart", family)
+    folder = save_case(tmp_path / "apart", family)
     _stock(folder).save_pretrained(tmp_path / "together", save_original_format=False)
     source = ModelSource(tmp_path / "together")
     assert "model.layers.0.mlp.experts.gate_up_proj" in source.stored_files
@@ -39,7 +39,7 @@ def test_experts_are_found_in_one_tensor_too(tmp_path, family):
 
 
 def test_files_name_mixtral_s_tensors_as_its_authors_do(tmp_path):
-    source = ModelSource(save_mixture(tmp_path, "mixtral"))
+    source = ModelSource(save_case(tmp_path, "mixtral"))
     stored = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     assert source.stored_as(name) == "model.layers.1.block_sparse_moe.experts.3.w3.weight"
@@ -48,7 +48,7 @@ def test_files_name_mixtral_s_tensors_as_its_authors_do(tmp_path):
 
 
 def test_a_model_without_the_name_of_its_base_is_found(tmp_path):
-    folder = save_mixture(tmp_path / "whole", "olmoe")
+    folder = save_case(tmp_path / "whole", "olmoe")
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -58,7 +58,7 @@ def test_a_model_without_the_name_of_its_base_is_found(tmp_path):
 
 
 def test_blocks_have_the_groups_of_their_own_linears(tmp_path):
-    source = ModelSource(save_mixture(tmp_path, "qwen2_moe"))
+    source = ModelSource(save_case(tmp_path, "qwen2_moe"))
     mixed, plain = (source.architecture.groups_in(source.load_block(index)) for index in (0, 1))
     assert plain == (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

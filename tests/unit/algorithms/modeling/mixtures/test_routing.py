@@ -9,7 +9,7 @@ from algorithms.modeling.mixtures.routing import Routing, count_routed
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.survey import whole_survey
 from algorithms.parallel.ranks import ALONE
-from tests.support.families.mixtures import MIXTURES, save_mixture
+from tests.support.families.cases import MIXTURES, save_case
 from tests.support.models import token_sequences
 
 FAMILY = "mixtral"
@@ -17,7 +17,7 @@ FAMILY = "mixtral"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return ModelSource(save_mixture(tmp_path_factory.mktemp(FAMILY), FAMILY))
+    return ModelSource(save_case(tmp_path_factory.mktemp(FAMILY), FAMILY))
 
 
 def _inputs(source):
@@ -109,7 +109,7 @@ def test_the_report_names_those_that_saw_all_tokens():
 @pytest.mark.parametrize("family", MIXTURES)
 def test_groups_share_their_input_in_the_order_of_computation(tmp_path, family):
     """Against hooks in the model as it computes: linears that are called with one tensor, in order."""
-    source = ModelSource(save_mixture(tmp_path, family))
+    source = ModelSource(save_case(tmp_path, family))
     for index in (0, 1):
         block, calls = source.load_block(index), []
         for name, module in block.named_modules():
