@@ -21,7 +21,7 @@ def write_truncated(source: ModelSource, blocks: int, folder: Path) -> Path:
         The folder.
     """
     folder.mkdir(parents=True)
-    kept = {source.stored_as(name): file for name, file in source.weight_files.items() if _stays(source, name, blocks)}
+    kept = {tensor.name: tensor.file for name, tensor in source.places.items() if _stays(source, name, blocks)}
     for file in source.directory.iterdir():
         if file.is_file() and file.name not in (_CONFIG, _INDEX) and file.suffix not in _WEIGHTS:
             (folder / file.name).symlink_to(file.resolve())

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from algorithms.modeling.on_demand import resident, source_on_demand
 from algorithms.modeling.source import ModelSource
 from jobs.estimation.truncation import write_truncated
+from tests.support.families.cases import save_case
 from tests.support.models import FAMILIES, save_family, token_sequences
 
 
@@ -42,3 +44,22 @@ def test_lists_with_an_entry_a_block_are_cut_and_weights_are_links(tmp_path):
     weights = list(folder.glob("*.safetensors"))
     assert weights
     assert all(path.is_symlink() for path in weights)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_mixture_keeps_the_experts_of_its_first_blocks(tmp_path, family, apart):
+    whole = save_case(tmp_path / "whole", family, blocks=3)
+    reference = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    if not apart:
+        whole = tmp_path / "together"
+        reference.save_pretrained(whole, save_original_format=False)
+    del reference.model.layers[2:]
+    truncated = AutoModelForCausalLM.from_pretrained(
+        write_truncated(ModelSource(whole), 2, tmp_path / "truncated"), dtype=torch.float32
+    )
+    ours = resident(source_on_demand(ModelSource(tmp_path / "truncated")))
+    (tokens,) = token_sequences(1, 12)
+    with torch.no_grad():
+        expected, *found = (model(input_ids=tokens, use_cache=False).logits for model in (reference, truncated, ours))
+    assert all(torch.equal(logits, expected) for logits in found)
