@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from algorithms.modeling.source import ModelSource
 
 _FLOAT = 4  # bytes of a float32
+_CODES = 0.25  # share of that which packed codes take, twice while they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +27,14 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShapes:
-    """``block_parameters`` are those of one block, ``outside_parameters`` those of embeddings, norm and an untied head."""
+    """``block_parameters`` are those of one block, ``outside_parameters`` those of embeddings, norm and an untied head.
+
+    ``held_parameters`` are those of a block that have to be in memory at once: of a mixture, one expert's beside the others.
+    """
 
     blocks: int
     block_parameters: int
+    held_parameters: int
     outside_parameters: int
     hidden: int
     vocabulary: int
@@ -41,9 +46,11 @@ class ModelShapes:
         hidden = int(config.get("hidden_size") or 0)
         ends = 1 if config.get("tie_word_embeddings") else 2
         outside = min(ends * source.vocab_size * hidden, source.num_parameters)
+        block = (source.num_parameters - outside) // source.num_blocks
         return cls(
             blocks=source.num_blocks,
-            block_parameters=(source.num_parameters - outside) // source.num_blocks,
+            block_parameters=block,
+            held_parameters=block - source.waiting_parameters,
             outside_parameters=outside,
             hidden=hidden,
             vocabulary=source.vocab_size,
@@ -63,12 +70,14 @@ class ModelShapes:
         """Block by block over the hidden states of all tokens, of the original model and of the compressed one.
 
         Each block is there as it was, as it becomes, and in copies of its matrices and of their inputs' second moments; with
-        tuning, gradients and two moments come on top.
+        tuning, gradients and two moments come on top. Of a mixture that is not tuned, experts that are not at work are there as
+        codes.
         """
         passes = 2.0 + 3.0 * tuning_epochs
         copies = 6 + (4 if tuning_epochs else 0)
         states = 2 * tokens * self.hidden
-        weights = copies * self.block_parameters + self.outside_parameters
+        held = self.block_parameters if tuning_epochs else self.held_parameters
+        weights = copies * held + _CODES * (self.block_parameters - held) + self.outside_parameters
         return Workload(operations=passes * self.forward(tokens), memory_bytes=_FLOAT * (states + weights))
 
     def distillation(self, tokens: int, *, epochs: int, sequences: int, length: int) -> Workload:

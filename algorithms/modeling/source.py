@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -204,6 +205,15 @@ class ModelSource:
                     shape = handle.get_slice(name).get_shape()
                     total += int(torch.Size(shape).numel())
         return total
+
+    @cached_property
+    def waiting_parameters(self) -> int:
+        """Number of parameters of a block that need not be in memory while one of its experts computes: the other experts'."""
+        row, experts = self.architecture, Counter[str]()
+        for name in filter(row.is_expert, row.linears):
+            number = name.removeprefix(f"{row.experts}.").partition(".")[0]
+            experts[number] += self.linear_like(name).weight.numel()
+        return experts.total() - max(experts.values(), default=0)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer.

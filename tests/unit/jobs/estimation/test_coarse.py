@@ -11,6 +11,7 @@ from algorithms.workload import ModelShapes, Workload
 from configs.recipe import Recipe
 from jobs.estimation.coarse import CoarseEstimate, Machine
 from jobs.estimation.prediction import CERTIFICATE, EVALUATION, Basis
+from tests.support.families.cases import save_case
 from tests.support.models import save_family
 
 MACHINE = Machine(operations=2e9, threads=4, resident_bytes=1000)
@@ -28,7 +29,7 @@ def test_shapes_are_those_of_the_stored_model(tmp_path, tied):
 
 
 def test_a_forward_pass_is_two_operations_a_weight_and_token():
-    shapes = ModelShapes(blocks=2, block_parameters=100, outside_parameters=10, hidden=4, vocabulary=5)
+    shapes = ModelShapes(blocks=2, block_parameters=100, held_parameters=100, outside_parameters=10, hidden=4, vocabulary=5)
     assert shapes.forward(7) == 2 * 7 * 200
     assert shapes.forward(7, head=True) == 2 * 7 * (200 + 20)
     assert shapes.walk(7).operations == 2 * shapes.forward(7)
@@ -87,3 +88,12 @@ def test_every_stage_and_closing_line_has_a_figure(tmp_path):
     assert found["recovery"].user_cpu_s > found["ranking"].user_cpu_s
     assert all(prediction.peak_memory_bytes > 1000 for prediction in found.values())
     assert EVALUATION not in guess(folder, "RTN")[0]
+
+
+def test_a_mixture_is_held_but_for_the_experts_that_wait(tmp_path):
+    source = ModelSource(save_case(tmp_path, "mixtral"))
+    shapes, expert = ModelShapes.of(source), 3 * 32 * 64
+    assert shapes.block_parameters - shapes.held_parameters == 3 * expert
+    tuned, untuned = shapes.walk(100, tuning_epochs=1), shapes.walk(100)
+    assert untuned.memory_bytes < tuned.memory_bytes - 4 * 9 * 3 * expert
+    assert ModelShapes.of(ModelSource(save_case(tmp_path / "dense", "olmo2"))).held_parameters > 0

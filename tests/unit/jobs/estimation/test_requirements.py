@@ -16,7 +16,7 @@ from jobs.estimation.requirements import require
 from jobs.estimation.room import Room
 
 RECIPE = Path(__file__).resolve().parents[4] / "examples" / "quickstart" / "recipe.yaml"
-SHAPES = ModelShapes(blocks=4, block_parameters=1000, outside_parameters=500, hidden=8, vocabulary=32)
+SHAPES = ModelShapes(blocks=4, block_parameters=1000, held_parameters=1000, outside_parameters=500, hidden=8, vocabulary=32)
 STAGE = Prediction(user_cpu_s=1, wall_s=1, peak_memory_bytes=30_000, disk_bytes=10_000, basis=Basis.PROBE)
 PLENTY = Room(disk=10**9, memory=10**9, memory_limit=10**9)
 
