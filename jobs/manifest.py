@@ -145,7 +145,7 @@ class ManifestFile:
         """Replace fields of the manifest and write it."""
         self.current = replace(self.current, **changes)  # type: ignore[arg-type]  # replace itself refuses other fields
         content = {"format": FORMAT, **asdict(self.current)}
-        for path in (self.path, _copy_of(self.path)):
+        for path in (self.path, copy_of(self.path)):
             atomic_write_json(path, {**content, _DIGEST: canonical_digest(content)})
 
     def record(self, name: str, record: StageRecord) -> None:
@@ -180,17 +180,17 @@ def read_manifest(path: Path) -> Manifest:
         return _read(path)
     except _UNREADABLE as error:
         try:
-            manifest = _read(_copy_of(path))
+            manifest = _read(copy_of(path))
         except (OSError, *_UNREADABLE):
             raise DataError(
                 f"{path} cannot be read as a manifest: {error}. Choose another JOB_ID, or move the whole folder "
                 f"{path.parent} away: every stage of the job then runs again."
             ) from error
-        logger.warning("%s is damaged (%s); its copy %s is used.", path, error, _copy_of(path).name)
+        logger.warning("%s is damaged (%s); its copy %s is used.", path, error, copy_of(path).name)
         return manifest
 
 
-def _copy_of(path: Path) -> Path:
+def copy_of(path: Path) -> Path:
     """Where the same is written once more: all that a job knows of its results hangs on this file."""
     return path.with_name(f".{path.name}.copy")
 

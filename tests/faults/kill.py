@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.manifest import copy_of
+from jobs.workspace import MANIFEST
 from tests.faults.moments import read_trace
 from tests.faults.warm_process import Outcome, WarmProcess
 
@@ -112,7 +114,8 @@ class Harness:
         assert done.code == 0, done.said
         found = result(folder)
         assert found == self.expected, f"{folder}: {differences(found, self.expected)}"
-        hidden = [str(path) for path in job_of(folder).rglob(".*") if path.name != KEY]
+        belong = {KEY, copy_of(job_of(folder) / MANIFEST).name}
+        hidden = [str(path) for path in job_of(folder).rglob(".*") if path.name not in belong]
         assert not hidden, f"left behind: {hidden}"
         stages = json.loads((job_of(folder) / "manifest.json").read_text())["stages"]
         assert {stage["status"] for stage in stages.values()} == {"finished"}
