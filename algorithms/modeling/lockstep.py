@@ -60,10 +60,6 @@ class _Gate(nn.Module):
         return outputs
 
 
-def _nothing(place: int, output: Tensor) -> None:
-    pass
-
-
 class BlockWalk(AbstractContextManager["BlockWalk"]):
     """Walks all batches of a block from linear to linear.
 
@@ -86,7 +82,7 @@ class BlockWalk(AbstractContextManager["BlockWalk"]):
         names: Sequence[str],
         *,
         behind: bool = False,
-        on_output: Callable[[int, Tensor], None] = _nothing,
+        on_output: Callable[[int, Tensor], None] = lambda place, output: None,
         hold: bool | None = None,
     ) -> None:
         self._block, self._index, self._activations, self._names = block, index, activations, tuple(names)
@@ -125,7 +121,7 @@ class BlockWalk(AbstractContextManager["BlockWalk"]):
             self._block.set_submodule(name, gate.module)
         self._exits.close()
         # Circles would keep a block, and all its weights, until the collector of garbage comes by.
-        self._gates, self._on_output = {}, _nothing
+        self._gates, self._on_output = {}, lambda place, output: None
 
     @torch.no_grad()
     def next_stop(self) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from algorithms.modeling.files import visible_files
 from configs.errors import DataError
 from jobs.manifest import ManifestFile, Publication
 from jobs.results import publishing
@@ -75,7 +76,7 @@ def test_only_files_that_the_manifest_lists_are_removed(tmp_path, job):
     (job / "mine.txt").write_text("the user's")
     (job / "exports" / "b" / "notes").write_text("the user's")
     publish(tmp_path / "two", job, manifest, stage(tmp_path / "two", ("config.json", "new.safetensors"), "2"))
-    left = {path.relative_to(job).as_posix() for path in job.rglob("*") if path.is_file()}
+    left = {path.relative_to(job).as_posix() for path in visible_files(job)}
     assert left == {"config.json", "new.safetensors", "mine.txt", "exports/b/notes", "manifest.json"}
     assert not (job / "packed").exists()
     assert (tmp_path / "one" / "zz.safetensors").read_text() == "1", "the stage's own file stays"
@@ -101,7 +102,7 @@ def test_a_kill_in_the_middle_leaves_no_config_and_is_repaired(tmp_path, job, mo
     monkeypatch.setattr(publishing, "place_file", place)
     third = stage(tmp_path / "three", NAMES[:2], "333")
     publish(tmp_path / "three", job, again, third)
-    assert {path.name for path in job.rglob("*") if path.is_file()} == {"config.json", "zz.safetensors", "manifest.json"}
+    assert {path.name for path in visible_files(job)} == {"config.json", "zz.safetensors", "manifest.json"}
 
 
 def test_a_withheld_format_keeps_its_files_and_loses_its_config(tmp_path, job):
