@@ -62,6 +62,7 @@ class ModelSource:
     ) -> None:
         self.directory = Path(directory)
         self.name = name or self.directory.name
+        self._is_users = bool(name)  # what a user has named, and not a folder on the way from it to a result
         self.trust_remote_code = trust_remote_code
         self.attn_implementation = attn_implementation
 
@@ -108,7 +109,8 @@ class ModelSource:
         if is_known(self.config.model_type):
             return architecture_for(self.config.model_type, self.config)
         found = self.inspection
-        logger.warning("%s: %s", self.name, found.warning())
+        if self._is_users:
+            logger.warning("%s: %s", self.name, found.warning())
         return found.architecture
 
     @cached_property

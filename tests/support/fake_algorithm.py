@@ -86,6 +86,9 @@ class FakeSource:
     def tokenizer(self) -> SimpleNamespace:
         return SimpleNamespace(bos_token_id=1)
 
+    def skeleton(self) -> nn.Module:
+        return nn.Module()
+
     @classmethod
     def create(cls, directory: Path) -> FakeSource:
         directory.mkdir(parents=True, exist_ok=True)

@@ -153,9 +153,9 @@ def test_what_cannot_be_walked_is_refused(tmp_path, family, why):
 
 def test_the_warning_is_said_once_and_lists_everything(tmp_path, caplog):
     stranger_config("glm4_moe").save_pretrained(tmp_path)
-    source = ModelSource(tmp_path)
+    source = ModelSource(tmp_path, name="org/stranger")
     with caplog.at_level(logging.WARNING):
-        _ = source.architecture, source.architecture, source.block_skeleton()
+        _ = source.architecture, source.architecture, source.block_skeleton(), ModelSource(tmp_path).architecture
     said = [record.getMessage() for record in caplog.records if "found by inspection" in record.getMessage()]
     assert len(said) == 1
     assert "self_attn.q_proj + self_attn.k_proj + self_attn.v_proj; self_attn.o_proj;" in said[0]
