@@ -11,6 +11,7 @@ from algorithms.workload import ModelShapes, Workload
 from configs.recipe import Recipe
 from jobs.estimation.coarse import CoarseEstimate, Machine
 from jobs.estimation.prediction import CERTIFICATE, EVALUATION, Basis
+from tests.support.families.mixtures import save_mixture
 from tests.support.models import save_family
 
 MACHINE = Machine(operations=2e9, threads=4, resident_bytes=1000)
@@ -25,6 +26,24 @@ def test_shapes_are_those_of_the_stored_model(tmp_path, tied):
     assert shapes.block_parameters == pytest.approx(block, abs=32 / 3 + 1), "the final norm is counted to the blocks"
     assert shapes.outside_parameters == (1 if tied else 2) * 259 * 32
     assert shapes.parameters == pytest.approx(source.num_parameters, abs=3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_token_passes_the_experts_that_it_is_sent_to(tmp_path, family):
+    """Counted by hand: 4 experts of 3 matrices, 2 for each token; Qwen's second block has one plain MLP, and no expert.
+
+    The final norm is counted to the blocks.
+    """
+    shapes = ModelShapes.of(ModelSource(save_mixture(tmp_path, family, num_experts_per_tok=2)))
+    neurons, mixtures = (64, 2) if family == "mixtral" else (32, 1)
+    expert, blocks = 3 * 32 * neurons, shapes.blocks * shapes.block_parameters
+    assert blocks * shapes.computed == pytest.approx(blocks - mixtures * 2 * expert, rel=3e-3)
+    assert blocks * shapes.held == pytest.approx(blocks - mixtures * 3 * expert, rel=3e-3)
+    assert shapes.forward(7) == pytest.approx(2 * 7 * (blocks - mixtures * 2 * expert), rel=3e-3)
+    tuned = shapes.walk(0, tuning_epochs=1).memory_bytes - 4 * shapes.outside_parameters
+    assert tuned == 4 * 10 * shapes.block_parameters
+    in_turn = shapes.walk(0).memory_bytes - 4 * shapes.outside_parameters
+    assert in_turn == pytest.approx((4 * 6 * (blocks - mixtures * 3 * expert) + mixtures * 3 * expert) / 2, rel=3e-3)
 
 
 def test_a_forward_pass_is_two_operations_a_weight_and_token():

@@ -84,6 +84,17 @@ def test_a_guess_refuses_only_what_one_block_alone_exceeds(caplog, loaded):
         said(caplog, loaded, Room(disk=10**9, memory=3_999, memory_limit=3_999), calibration=guess)
 
 
+def test_a_mixture_whose_block_alone_exceeds_the_memory_is_not_refused(caplog, loaded):
+    """Its experts are compressed in turn: of this block, a tenth is in memory at once."""
+    guess, mixture = changed(STAGE, basis=Basis.SHAPES), dataclasses.replace(SHAPES, held=0.1)
+    forecast = Forecast(predictions={"calibration": guess})
+    with caplog.at_level(logging.WARNING, logger="jobs.estimation.requirements"):
+        require(loaded, forecast, Room(disk=10**9, memory=401, memory_limit=401), mixture)
+    assert "than is free" in caplog.text
+    with pytest.raises(MemoryShortageError):
+        require(loaded, forecast, Room(disk=10**9, memory=399, memory_limit=399), mixture)
+
+
 def test_what_follows_the_stages_is_never_a_reason_to_refuse(caplog, loaded):
     room = Room(disk=10**9, memory=100, memory_limit=100)
     (warning,) = said(caplog, loaded, room, **{CERTIFICATE: STAGE, EVALUATION: STAGE})
