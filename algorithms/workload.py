@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from algorithms.modeling.source import ModelSource
 
 _FLOAT = 4  # bytes of a float32
-_CODES = 0.25  # share of that which packed codes take, twice while they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +28,17 @@ class Workload:
 class ModelShapes:
     """``block_parameters`` are those of one block, ``outside_parameters`` those of embeddings, norm and an untied head.
 
-    ``held_parameters`` are those of a block that have to be in memory at once: of a mixture, one expert's beside the others.
+    Of a mixture, ``computed`` is the share of a block that a token passes, and ``held`` the share of it that is in memory at
+    once where experts are compressed in turn.
     """
 
     blocks: int
     block_parameters: int
-    held_parameters: int
     outside_parameters: int
     hidden: int
     vocabulary: int
+    computed: float = 1.0
+    held: float = 1.0
 
     @classmethod
     def of(cls, source: ModelSource) -> ModelShapes:
@@ -46,14 +47,15 @@ class ModelShapes:
         hidden = int(config.get("hidden_size") or 0)
         ends = 1 if config.get("tie_word_embeddings") else 2
         outside = min(ends * source.vocab_size * hidden, source.num_parameters)
-        block = (source.num_parameters - outside) // source.num_blocks
+        computed, held = _shares_of_mixture(source, int(config.get("num_experts_per_tok") or 0))
         return cls(
             blocks=source.num_blocks,
-            block_parameters=block,
-            held_parameters=block - source.waiting_parameters,
+            block_parameters=(source.num_parameters - outside) // source.num_blocks,
             outside_parameters=outside,
             hidden=hidden,
             vocabulary=source.vocab_size,
+            computed=computed,
+            held=held,
         )
 
     @property
@@ -64,20 +66,21 @@ class ModelShapes:
     def forward(self, tokens: float, *, head: bool = False) -> float:
         """Operations of a forward pass of all blocks over so many tokens, and of the ``head``."""
         ends = self.hidden * self.vocabulary if head else 0
-        return 2.0 * tokens * (self.blocks * self.block_parameters + ends)
+        return 2.0 * tokens * (self.blocks * self.block_parameters * self.computed + ends)
 
     def walk(self, tokens: int, *, tuning_epochs: float = 0.0) -> Workload:
         """Block by block over the hidden states of all tokens, of the original model and of the compressed one.
 
         Each block is there as it was, as it becomes, and in copies of its matrices and of their inputs' second moments; with
-        tuning, gradients and two moments come on top. Of a mixture that is not tuned, experts that are not at work are there as
-        codes.
+        tuning, gradients and two moments come on top. Without, of a mixture's experts there is one, and the codes of all, which
+        count as a byte for each parameter.
         """
         passes = 2.0 + 3.0 * tuning_epochs
         copies = 6 + (4 if tuning_epochs else 0)
         states = 2 * tokens * self.hidden
-        held = self.block_parameters if tuning_epochs else self.held_parameters
-        weights = copies * held + _CODES * (self.block_parameters - held) + self.outside_parameters
+        held = 1.0 if tuning_epochs else self.held
+        block = self.block_parameters * (copies * held + (1.0 - held) / _FLOAT)
+        weights = block + self.outside_parameters
         return Workload(operations=passes * self.forward(tokens), memory_bytes=_FLOAT * (states + weights))
 
     def distillation(self, tokens: int, *, epochs: int, sequences: int, length: int) -> Workload:
@@ -90,3 +93,18 @@ class ModelShapes:
         return Workload(
             operations=4.0 * epochs * self.forward(tokens, head=True), memory_bytes=_FLOAT * (5 * self.parameters + kept)
         )
+
+
+def _shares_of_mixture(source: ModelSource, chosen: int) -> tuple[float, float]:
+    """The shares of all blocks that a token passes, and that are left with one expert a block; 1 and 1 without experts."""
+    if not chosen or source.architecture.experts is None:
+        return 1.0, 1.0
+    blocks = list(source.skeleton().get_submodule(source.architecture.blocks).children())
+    mixtures = [dict(block.named_modules()).get(source.architecture.experts) for block in blocks]
+    whole = computed = held = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    for experts in mixtures:
+        if experts is not None:
+            size, count = sum(parameter.numel() for parameter in experts.parameters()), len(list(experts.children()))
+            computed -= size * (count - min(chosen, count)) // count
+            held -= size * (count - 1) // count
+    return computed / whole, held / whole

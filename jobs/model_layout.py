@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 from algorithms.modeling.families.stored_names import StoredTensor
-from algorithms.modeling.families.table import is_known
 from algorithms.modeling.families.weight_files import ModelError, open_weights
 from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
@@ -29,7 +30,7 @@ class _Stored:
 def check_layout(source: ModelSource) -> None:
     """Compare names, shapes and types of all weights with the model that config.json describes; reads no weight.
 
-    A family that is not in the architecture table, or a model that is quantized already, has names that nobody here knows.
+    A model that is quantized already has names that nobody here knows.
 
     Raises:
         DataError: a weight is missing, has another shape or is no floating number, or config.json describes no model.
@@ -41,10 +42,31 @@ def check_layout(source: ModelSource) -> None:
                 f"MODEL: {source.directory / 'config.json'} speaks of {blocks} blocks, and the weight files hold "
                 f"{len(source.weight_files)} tensors. Fetch the model again."
             )
-        if is_known(source.config.model_type) and "quantization_config" not in source.raw_config():
+        if "quantization_config" not in source.raw_config():
             _compare(source, blocks)
     except ModelError as error:
         raise DataError(str(error)) from error
+
+
+def check_length(source: ModelSource, length: int, advice: str) -> None:
+    """Refuse sequences of ``length`` tokens for a model that looks positions up in a table with fewer rows.
+
+    Args:
+        source: the model.
+        length: of the sequences; others than such models compute any, however badly.
+        advice: what to do about it, which the message begins with.
+
+    Raises:
+        DataError: the table ends before.
+    """
+    positions = source.config.to_dict().get("max_position_embeddings")
+    if positions is None or length <= positions:
+        return
+    for name, module in source.skeleton().named_modules():
+        rows = module.num_embeddings if isinstance(module, nn.Embedding) else None
+        # OPT keeps its first two rows free.
+        if rows is not None and rows != source.vocab_size and 0 <= rows - positions <= 2:
+            raise DataError(f"{advice}: sequences of {length} tokens, and {source.name} has {positions} positions ({name}).")
 
 
 def _compare(source: ModelSource, blocks: int) -> None:

@@ -29,6 +29,7 @@ from jobs.execution.preparation import Materials, describe_data, gather, push_co
 from jobs.execution.stage import Job, run_stage
 from jobs.logs import log_failure, logging_to
 from jobs.manifest import ManifestFile, RunRecord, Status, read_manifest
+from jobs.model_layout import check_length
 from jobs.planning import Action, Plan
 from jobs.processes import this_process
 from jobs.processes.crew import Crew
@@ -302,6 +303,8 @@ def _questions(job: Job) -> Questions | None:
     if settings is None or settings.is_empty:
         return None
     positions = job.source.config.to_dict().get("max_position_embeddings")
+    if settings.corpora:
+        check_length(job.source, settings.sequence_length, "Lower EVALUATION.sequence_length")
     sources = Sources.of(job.parts, job.recipe, job.source, job.workspace)
     return load_questions(settings, job.parts, sources, positions)
 

@@ -26,6 +26,8 @@ from algorithms.parallel.ranks import ALONE, Ranks, moved
 
 logger = logging.getLogger(__name__)
 
+_NAMED = 8  # of the experts that are given too few tokens; metrics.jsonl has the tokens of all
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockData:
@@ -249,12 +251,15 @@ class _BlockStep:
         if routing is None:
             return {}
         if routing.starved:
-            few = ", ".join(f"{number} ({routing.tokens[number]})" for number in sorted(routing.starved))
+            fewest = sorted(routing.starved, key=lambda number: (routing.tokens[number], number))
+            few = ", ".join(f"{number} ({routing.tokens[number]})" for number in sorted(fewest[:_NAMED]))
+            more = f" and {len(fewest) - _NAMED} more" if len(fewest) > _NAMED else ""
             logger.warning(
-                "block %d: experts that are given fewer than %d tokens are calibrated on all: %s",
+                "block %d: experts that are given fewer than %d tokens are calibrated on all: %s%s",
                 self.index,
                 routing.floor,
                 few,
+                more,
             )
         return {"experts": routing.report()}
 

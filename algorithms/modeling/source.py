@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +62,7 @@ class ModelSource:
     ) -> None:
         self.directory = Path(directory)
         self.name = name or self.directory.name
+        self._is_users = bool(name)  # what a user has named, and not a folder on the way from it to a result
         self.trust_remote_code = trust_remote_code
         self.attn_implementation = attn_implementation
 
@@ -109,7 +109,8 @@ class ModelSource:
         if is_known(self.config.model_type):
             return architecture_for(self.config.model_type, self.config)
         found = self.inspection
-        logger.warning("%s: %s", self.name, found.warning())
+        if self._is_users:
+            logger.warning("%s: %s", self.name, found.warning())
         return found.architecture
 
     @cached_property
@@ -205,15 +206,6 @@ class ModelSource:
                     shape = handle.get_slice(name).get_shape()
                     total += int(torch.Size(shape).numel())
         return total
-
-    @cached_property
-    def waiting_parameters(self) -> int:
-        """Number of parameters of a block that need not be in memory while one of its experts computes: the other experts'."""
-        row, experts = self.architecture, Counter[str]()
-        for name in filter(row.is_expert, row.linears):
-            number = name.removeprefix(f"{row.experts}.").partition(".")[0]
-            experts[number] += self.linear_like(name).weight.numel()
-        return experts.total() - max(experts.values(), default=0)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer.

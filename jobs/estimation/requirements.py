@@ -109,7 +109,7 @@ def _least(name: str, prediction: Prediction, needed: int, shapes: ModelShapes) 
     if name in _CLOSING:
         return 0.0
     if prediction.basis is Basis.SHAPES:
-        return 4.0 * shapes.held_parameters  # of one block, in float32
+        return 4.0 * shapes.block_parameters * shapes.held  # one block in float32, of a mixture with one expert
     return _SURE_MEMORY * needed
 
 

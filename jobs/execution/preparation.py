@@ -23,6 +23,7 @@ from configs.loader import LoadedRecipe
 from configs.recipe import Recipe
 from jobs.execution.collaborators import Collaborators
 from jobs.manifest import Manifest, RunRecord, StageRecord, Status, now, read_manifest
+from jobs.model_layout import check_length
 from jobs.planning import Plan, PlannedStage, Selection, Situation, make_plan
 from jobs.reporting.model_card import NAME as CARD
 from jobs.results.artifacts import ABSENT, Condition, canonical_digest, check_files
@@ -73,7 +74,7 @@ class Materials:
         """Let the algorithm refuse what cannot work, before any stage starts.
 
         Raises:
-            DataError: from the algorithm, or figures are asked for that nobody can take; says which key to change.
+            DataError: from the algorithm, or something is asked for that the model cannot give; says which key to change.
             MissingEnvironmentError: from the algorithm; says what to install.
         """
         recipe = self.loaded.recipe
@@ -87,6 +88,7 @@ class Materials:
         positions = self.source.config.to_dict().get("max_position_embeddings")
         for stage in plan.runs:
             length = 0 if stage.spec.tokens is None else stage.spec.tokens.sequence_length
+            check_length(self.source, length, f"Lower model_seqlen of stage {stage.spec.name}")
             if positions is not None and length > positions:
                 logger.warning(
                     "Stage %s asks for sequences of %d tokens, longer than the %d that the model was made for; lower its "

@@ -79,13 +79,15 @@ class FakeSource:
     vocab_size: int = VOCABULARY
     num_parameters: int = VOCABULARY * VOCABULARY + 8
     num_blocks: int = 2
-    waiting_parameters: int = 0
     trust_remote_code: bool = False
     weight_files: dict[str, str] = field(default_factory=lambda: {"table": "model.safetensors"})
     config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(to_dict=dict))
 
     def tokenizer(self) -> SimpleNamespace:
         return SimpleNamespace(bos_token_id=1)
+
+    def skeleton(self) -> nn.Module:
+        return nn.Module()
 
     @classmethod
     def create(cls, directory: Path) -> FakeSource:

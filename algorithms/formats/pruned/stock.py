@@ -42,8 +42,9 @@ _LEGACY = ("rope_scaling", "transformers_version")  # kept where the original ha
 class Stock:
     """A family's configuration: its flags with the linears that each gives a bias, and those that always have one.
 
-    ``heads_divide_hidden``: it refuses a number of query heads that does not divide the hidden size. ``settings`` are what it
-    needs to compute as the others do.
+    ``heads_divide_hidden``: it refuses a number of query heads that does not divide the hidden size. With
+    ``counts_heads_in_rope``, long rotary factors have to be as many as the hidden size over the number of heads asks for.
+    ``settings`` are what it needs to compute as the others do.
     """
 
     model_type: str
@@ -51,6 +52,7 @@ class Stock:
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     always: tuple[str, ...] = ()
     heads_divide_hidden: bool = False
+    counts_heads_in_rope: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -89,7 +91,7 @@ _STOCKS = {
         Stock(model_type="gemma", causal_lm="GemmaForCausalLM", flags={"attention_bias": _ATTENTION}),
         Stock(model_type="gemma2", causal_lm="Gemma2ForCausalLM", flags={"attention_bias": _ATTENTION}),
         Stock(model_type="gemma3_text", causal_lm="Gemma3ForCausalLM", flags={"attention_bias": _ATTENTION}),
-        Stock(model_type="phi3", causal_lm="Phi3ForCausalLM"),
+        Stock(model_type="phi3", causal_lm="Phi3ForCausalLM", counts_heads_in_rope=True),
         Stock(model_type="olmo2", causal_lm="Olmo2ForCausalLM", flags={"attention_bias": _ATTENTION}),
         Stock(
             model_type="granite",
@@ -122,7 +124,10 @@ def expressible_biases(config: PretrainedConfig) -> frozenset[str]:
 
 def family_refusal(config: PretrainedConfig) -> str | None:
     """Why no stock configuration can hold a narrower model of this kind, in a sentence; None where one can."""
-    if config.model_type in _STOCKS:
+    stock = _STOCKS.get(config.model_type)
+    if stock is not None and stock.counts_heads_in_rope and "short_factor" in (config.rope_parameters or {}):
+        return f"a {config.model_type} configuration with longrope has factors for as many heads as the original has."
+    if stock is not None:
         return None
     return f"narrower models are written for {', '.join(_STOCKS)}, and this one is {config.model_type}."
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from algorithms.modeling.architecture import ModelArchitecture
+from algorithms.modeling.families.conversions import has_files_by_expert, names_in_files
 from algorithms.modeling.families.merging import Block, merged_groups
 from algorithms.modeling.families.tracing import Call, UnsuitableBlocksError, trace
 from algorithms.modeling.mixtures.experts import FirstExpert, keep_first_experts
@@ -77,6 +78,11 @@ def inspect_family(
         mixtures = sorted({name for block in blocks for name, part in block.named_modules() if isinstance(part, FirstExpert)})
         if len(mixtures) > 1:
             raise UnsuitableBlocksError(f"its blocks have experts in several places ({', '.join(mixtures)})")
+        if mixtures and not has_files_by_expert(config.model_type):
+            raise UnsuitableBlocksError(
+                f"its files hold all experts ({mixtures[0]}) of a block in one tensor; what is written here, one for each "
+                "matrix, transformers would not read"
+            )
         groups = merged_groups(_ordered(block, calls.get(index), left_out) for index, block in enumerate(blocks))
         if not groups:
             raise UnsuitableBlocksError(f"no linear of its blocks ({path}) can be compressed: {_listed(left_out)}")
@@ -104,6 +110,7 @@ def inspect_family(
         attention="",
         qkv=None,
         experts=experts,
+        stored_names=names_in_files(config.model_type),
         is_inspected=True,
     )
     return Inspection(architecture=row, left_out={_pattern(name): why for name, why in left_out.items()}, basis=basis)
@@ -177,16 +184,13 @@ def _beside(block: nn.Module, reasons: Mapping[str, str]) -> dict[str, str]:
 
 
 def _reasons(block: nn.Module, calls: Sequence[Call] | None) -> Iterator[tuple[str, str]]:
-    lists = {name.rpartition(".")[0]: part for name, part in block.named_modules() if isinstance(part, nn.ModuleList)}
+    lists = {name: part for name, part in block.named_modules() if isinstance(part, nn.ModuleList)}
     times = Counter(call.name for call in calls or ())
     partly = {call.name for call in calls or () if not call.is_whole}
     for name, linear in block.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
-        parts, beside = name.split("."), lists.get(name.rpartition(".")[0])
-        count = beside.count if isinstance(beside, FirstExpert) else len(beside or ())
-        routes = any("router" in part for part in parts) or parts[-1] == "shared_expert_gate"
-        if routes or (beside is not None and (parts[-1] == "gate" or linear.out_features == count)):
+        if _routes(name, linear, lists):
             yield name, "a router"
         elif linear.out_features == 1:
             yield name, "a single output"
@@ -194,6 +198,22 @@ def _reasons(block: nn.Module, calls: Sequence[Call] | None) -> Iterator[tuple[s
             yield name, f"called {times[name]} times in a forward"
         elif name in partly:
             yield name, "not given every token"
+
+
+def _routes(name: str, linear: nn.Linear, lists: Mapping[str, nn.ModuleList]) -> bool:
+    """Whether a linear chooses between the modules of a list that stands beside it, or beside a module that it belongs to."""
+    parts = name.split(".")
+    if any("router" in part for part in parts) or parts[-1] == "shared_expert_gate":
+        return True
+    for path, members in lists.items():
+        around = path.split(".")[:-1]
+        if parts[: len(around)] != around or name.startswith(f"{path}."):
+            continue
+        inside = parts[len(around) :]
+        count = members.count if isinstance(members, FirstExpert) else len(members)
+        if "gate" in inside or (len(inside) == 1 and linear.out_features == count):
+            return True
+    return False
 
 
 def _ordered(block: nn.Module, calls: Sequence[Call] | None, left_out: Mapping[str, str]) -> Block:

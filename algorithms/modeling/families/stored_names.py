@@ -43,7 +43,7 @@ def stored_tensors(
     for stored, file in files.items():
         name = f"{first}.{stored}" if is_bare and not stored.startswith(f"{architecture.head}.") else stored
         name = parameter_name(name, architecture)
-        for parameter, tensor in _split(name, StoredTensor(name=stored, file=file), shape_of):
+        for parameter, tensor in _split(name, StoredTensor(name=stored, file=file), architecture, shape_of):
             found[parameter] = tensor
     return found
 
@@ -62,11 +62,13 @@ def stored_name(name: str, architecture: ModelArchitecture) -> str:
     return name
 
 
-def _split(name: str, stored: StoredTensor, shape_of: Callable[[str], Sequence[int]]) -> Iterator[tuple[str, StoredTensor]]:
-    """A tensor of all experts as the matrices in it; any other as it is."""
+def _split(
+    name: str, stored: StoredTensor, architecture: ModelArchitecture, shape_of: Callable[[str], Sequence[int]]
+) -> Iterator[tuple[str, StoredTensor]]:
+    """A tensor of all experts that the model has as modules, as the matrices in it; any other as it is."""
     both, down = _ALL_GATES_AND_UPS.match(name), _ALL_DOWNS.match(name)
     match = both or down
-    if match is None:
+    if match is None or architecture.experts is None or not match.group(1).endswith(f".{architecture.experts}"):
         yield name, stored
         return
     count, rows, _ = shape_of(stored.name)

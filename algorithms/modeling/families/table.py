@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PretrainedConfig
 
 from algorithms.modeling.architecture import LLAMA_FEEDERS, LLAMA_GATES, LLAMA_GROUPS, LLAMA_NORMS, ModelArchitecture
@@ -18,6 +20,10 @@ _EXPERT_GATES = {"mlp.experts.*.down_proj": "mlp.experts.*.gate_proj"}
 _EXPERT_FEEDERS = {"self_attn.o_proj": "self_attn.v_proj", "mlp.experts.*.down_proj": "mlp.experts.*.up_proj"}
 _SHARED_GATES = {"mlp.shared_expert.down_proj": "mlp.shared_expert.gate_proj"}
 _SHARED_FEEDERS = {"mlp.shared_expert.down_proj": "mlp.shared_expert.up_proj"}
+
+
+def _without(places: Mapping[str, str], leader: str) -> dict[str, str]:
+    return {name: place for name, place in places.items() if name != leader}
 
 
 def _mixture(model_type: str, **changes: object) -> ModelArchitecture:
@@ -67,7 +73,9 @@ ROWS = (
         gates={**LLAMA_GATES, **_EXPERT_GATES},
         qk_norms=_QK_NORMS,
     ),
-    _mixture("olmoe", norms_all_heads=True),
+    _mixture("olmoe", when={"clip_qkv": None}, norms_all_heads=True),
+    # Values beyond clip_qkv are cut off: factors do not pass them.
+    _mixture("olmoe", norms_all_heads=True, feeders=_without(_EXPERT_FEEDERS, "self_attn.o_proj")),
 )
 
 

@@ -6,7 +6,9 @@ with random weights instead, if they are small enough.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -66,7 +68,8 @@ def trace(make: Callable[[bool], nn.Module], path: str) -> tuple[dict[int, tuple
     """
     for dtype in (torch.float32, torch.bfloat16):  # kernels that some experts run on know the latter alone
         try:
-            return _trace_without_values(make(True), path, dtype), "one forward without weights"
+            with _unheard():
+                return _trace_without_values(make(True), path, dtype), "one forward without weights"
         except UnsuitableBlocksError:
             raise
         except FAILURES:
@@ -78,6 +81,21 @@ def trace(make: Callable[[bool], nn.Module], path: str) -> tuple[dict[int, tuple
     except FAILURES:
         found = None
     return ({}, DEFINITION) if found is None else (found, "one forward of single blocks with random weights")
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Torch writes the traceback of every operation that fails without values, which others of this file make up for."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _trace_without_values(model: nn.Module, path: str, dtype: torch.dtype) -> dict[int, tuple[Call, ...]]:

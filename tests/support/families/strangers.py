@@ -36,11 +36,14 @@ CHANGES = {
     "mamba": {"state_size": 4, "time_step_rank": 4},
     "deepseek_v3": {**_ROUTED, **_LATENT, "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 4},
     "glm4_moe": {**_ROUTED, "first_k_dense_replace": 1},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
 def stranger_config(model_type: str) -> PretrainedConfig:
-    """Two blocks, 32 wide; mixtures have four experts, and a first block without."""
+    """Two blocks, 32 wide; mixtures have four experts, and some a first block without."""
     settings = {**_COMMON, **CHANGES.get(model_type, {})}
     if model_type == "falcon":
         settings.pop("head_dim")  # follows from the others there

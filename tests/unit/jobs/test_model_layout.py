@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from algorithms.modeling.source import ModelSource
 from configs.errors import DataError
-from jobs.model_layout import check_layout
+from jobs.model_layout import check_layout, check_length
 from tests.support.families.cases import save_case
+from tests.support.families.strangers import save_stranger
 from tests.support.models import save_family
 
 LAST = "model.layers.1.mlp.down_proj.weight"
@@ -159,3 +160,25 @@ def test_experts_are_looked_at_one_by_one(tmp_path, family):
         change(folder, **{name: wrong})
         with pytest.raises(DataError, match=words):
             check_layout(ModelSource(folder))
+
+
+def test_families_that_the_table_does_not_have_are_compared_too(tmp_path):
+    """A block that the weights lack would show when all before it are compressed."""
+    whole = ModelSource(save_stranger(tmp_path / "m", "phimoe"))
+    check_layout(whole)
+    configure(whole.directory, num_hidden_layers=3)
+    with pytest.raises(DataError, match=r"has no tensor 'model\.layers\.2\."):
+        check_layout(ModelSource(whole.directory))
+
+
+@pytest.mark.parametrize("embedded", [32, 16])
+def test_sequences_that_a_table_of_positions_ends_before_are_refused(tmp_path, embedded):
+    """OPT's positions are learned: 257 of them would be looked up behind the table's end. Llama's are computed."""
+    source = ModelSource(save_case(tmp_path / "opt", "opt", word_embed_proj_dim=embedded), name="an/opt")
+    model = source.model_from(source.tensors(source.weight_files, torch.float32))
+    with pytest.raises(IndexError):
+        model(torch.ones(1, 257, dtype=torch.int64))
+    check_length(source, 256, "Lower it")
+    with pytest.raises(DataError, match=r"Lower it: sequences of 257 tokens, and an/opt has 256 positions .*embed_positions"):
+        check_length(source, 257, "Lower it")
+    check_length(ModelSource(save_family(tmp_path / "llama", "llama")), 257, "Lower it")

@@ -140,6 +140,7 @@ def test_starved_experts_are_reported_and_fitted_to_all_tokens(tmp_path, mixtral
         assert sum(report["tokens"]) == 2 * 10 * 16  # two experts a token
         assert report["calibrated_on_all_tokens"] == ([] if floor == 1 else [0, 1, 2, 3])
     assert "block 0: experts that are given fewer than 10000 tokens are calibrated on all: 0 (" in caplog.text
+    assert "more" not in caplog.text
     differing = {name for name in found[1] if not torch.equal(found[1][name], found[10_000][name])}
     assert differing
     assert all(".experts." in name for name in differing)
@@ -163,3 +164,12 @@ def test_late_experts_and_those_in_memory_give_the_same(tmp_path, mixtral, monke
         first, second = (load_file(at.directory / f"{index}.safetensors") for at in (late, whole))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_warning_of_many_starved_experts_names_those_with_fewest_tokens(tmp_path, caplog):
+    source = ModelSource(save_case(tmp_path / "m", "mixtral", blocks=1, num_local_experts=12))
+    calibrated = calibrate(_algorithm("gptq", min_expert_tokens=10_000), source, tmp_path / "out")
+    (report,) = blocks(calibrated, "experts")
+    fewest = sorted(range(12), key=lambda number: (report["tokens"][number], number))[:8]
+    listed = ", ".join(f"{number} ({report['tokens'][number]})" for number in sorted(fewest))
+    assert f"are calibrated on all: {listed} and 4 more" in caplog.text

@@ -28,8 +28,26 @@ def test_shapes_are_those_of_the_stored_model(tmp_path, tied):
     assert shapes.parameters == pytest.approx(source.num_parameters, abs=3)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_token_passes_the_experts_that_it_is_sent_to(tmp_path, family):
+    """Counted by hand: 4 experts of 3 matrices, 2 for each token; Qwen's second block has one plain MLP, and no expert.
+
+    The final norm is counted to the blocks.
+    """
+    shapes = ModelShapes.of(ModelSource(save_case(tmp_path, family, num_experts_per_tok=2)))
+    neurons, mixtures = (64, 2) if family == "mixtral" else (32, 1)
+    expert, blocks = 3 * 32 * neurons, shapes.blocks * shapes.block_parameters
+    assert blocks * shapes.computed == pytest.approx(blocks - mixtures * 2 * expert, rel=3e-3)
+    assert blocks * shapes.held == pytest.approx(blocks - mixtures * 3 * expert, rel=3e-3)
+    assert shapes.forward(7) == pytest.approx(2 * 7 * (blocks - mixtures * 2 * expert), rel=3e-3)
+    tuned = shapes.walk(0, tuning_epochs=1).memory_bytes - 4 * shapes.outside_parameters
+    assert tuned == 4 * 10 * shapes.block_parameters
+    in_turn = shapes.walk(0).memory_bytes - 4 * shapes.outside_parameters
+    assert in_turn == pytest.approx((4 * 6 * (blocks - mixtures * 3 * expert) + mixtures * 3 * expert) / 2, rel=3e-3)
+
+
 def test_a_forward_pass_is_two_operations_a_weight_and_token():
-    shapes = ModelShapes(blocks=2, block_parameters=100, held_parameters=100, outside_parameters=10, hidden=4, vocabulary=5)
+    shapes = ModelShapes(blocks=2, block_parameters=100, outside_parameters=10, hidden=4, vocabulary=5)
     assert shapes.forward(7) == 2 * 7 * 200
     assert shapes.forward(7, head=True) == 2 * 7 * (200 + 20)
     assert shapes.walk(7).operations == 2 * shapes.forward(7)
@@ -88,12 +106,3 @@ def test_every_stage_and_closing_line_has_a_figure(tmp_path):
     assert found["recovery"].user_cpu_s > found["ranking"].user_cpu_s
     assert all(prediction.peak_memory_bytes > 1000 for prediction in found.values())
     assert EVALUATION not in guess(folder, "RTN")[0]
-
-
-def test_a_mixture_is_held_but_for_the_experts_that_wait(tmp_path):
-    source = ModelSource(save_case(tmp_path, "mixtral"))
-    shapes, expert = ModelShapes.of(source), 3 * 32 * 64
-    assert shapes.block_parameters - shapes.held_parameters == 3 * expert
-    tuned, untuned = shapes.walk(100, tuning_epochs=1), shapes.walk(100)
-    assert untuned.memory_bytes < tuned.memory_bytes - 4 * 9 * 3 * expert
-    assert ModelShapes.of(ModelSource(save_case(tmp_path / "dense", "olmo2"))).held_parameters > 0

@@ -11,7 +11,7 @@ from jobs.estimation.prediction import CERTIFICATE, Basis, Prediction, total
 
 def shapes(blocks: int) -> ModelShapes:
     """Blocks of 10 parameters: four float32 copies are 160 bytes."""
-    return ModelShapes(blocks=blocks, block_parameters=10, held_parameters=10, outside_parameters=5, hidden=2, vocabulary=3)
+    return ModelShapes(blocks=blocks, block_parameters=10, outside_parameters=5, hidden=2, vocabulary=3)
 
 
 def measured(blocks: int) -> Measured:

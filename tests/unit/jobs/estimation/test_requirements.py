@@ -16,7 +16,7 @@ from jobs.estimation.requirements import require
 from jobs.estimation.room import Room
 
 RECIPE = Path(__file__).resolve().parents[4] / "examples" / "quickstart" / "recipe.yaml"
-SHAPES = ModelShapes(blocks=4, block_parameters=1000, held_parameters=1000, outside_parameters=500, hidden=8, vocabulary=32)
+SHAPES = ModelShapes(blocks=4, block_parameters=1000, outside_parameters=500, hidden=8, vocabulary=32)
 STAGE = Prediction(user_cpu_s=1, wall_s=1, peak_memory_bytes=30_000, disk_bytes=10_000, basis=Basis.PROBE)
 PLENTY = Room(disk=10**9, memory=10**9, memory_limit=10**9)
 
@@ -82,6 +82,17 @@ def test_a_guess_refuses_only_what_one_block_alone_exceeds(caplog, loaded):
     assert said(caplog, loaded, Room(disk=10**9, memory=4_001, memory_limit=4_001), calibration=guess)
     with pytest.raises(MemoryShortageError):
         said(caplog, loaded, Room(disk=10**9, memory=3_999, memory_limit=3_999), calibration=guess)
+
+
+def test_a_mixture_whose_block_alone_exceeds_the_memory_is_not_refused(caplog, loaded):
+    """Its experts are compressed in turn: of this block, a tenth is in memory at once."""
+    guess, mixture = changed(STAGE, basis=Basis.SHAPES), dataclasses.replace(SHAPES, held=0.1)
+    forecast = Forecast(predictions={"calibration": guess})
+    with caplog.at_level(logging.WARNING, logger="jobs.estimation.requirements"):
+        require(loaded, forecast, Room(disk=10**9, memory=401, memory_limit=401), mixture)
+    assert "than is free" in caplog.text
+    with pytest.raises(MemoryShortageError):
+        require(loaded, forecast, Room(disk=10**9, memory=399, memory_limit=399), mixture)
 
 
 def test_what_follows_the_stages_is_never_a_reason_to_refuse(caplog, loaded):

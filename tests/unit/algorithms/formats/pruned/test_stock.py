@@ -1,9 +1,10 @@
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from algorithms.formats.pruned.padded import write_padded
 from algorithms.formats.pruned.sizes import sizes
-from algorithms.formats.pruned.stock import bias_refusal, expressible_biases
+from algorithms.formats.pruned.stock import bias_refusal, expressible_biases, family_refusal
 from algorithms.formats.pruned.structure import structure_of
 from algorithms.modeling.block_store import BlockStore
 from algorithms.modeling.source import ModelError
@@ -119,3 +120,15 @@ def test_a_missing_block_is_named(tmp_path):
     (model.calibrated.directory / "2.json").unlink()
     with pytest.raises(ValueError, match=r"block 2 of .* is missing or damaged"):
         structure_of(model.calibrated)
+
+
+def test_phi3_with_longrope_takes_no_other_number_of_heads():
+    """transformers counts the factors against the hidden size over the number of heads, whatever head_dim says."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    sizes = {"hidden_size": 64, "pad_token_id": 0, "head_dim": 16}
+    long = {**sizes, "rope_parameters": {**rope, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}
+    whole = config("phi3", num_attention_heads=4, **long)
+    with pytest.raises(StrictDataclassError, match="length 10, got 8"):
+        config("phi3", num_attention_heads=3, **long)
+    assert "longrope" in family_refusal(whole)
+    assert family_refusal(config("phi3", num_attention_heads=3, **sizes)) is None

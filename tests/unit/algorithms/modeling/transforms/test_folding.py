@@ -10,6 +10,7 @@ from algorithms.modeling.activations import embed
 from algorithms.modeling.families.table import architecture_for
 from algorithms.modeling.source import ModelSource
 from algorithms.modeling.transforms.folding import can_fold, feeder_rows, fold, group_of, shared
+from tests.support.families.cases import save_case
 from tests.support.models import FAMILIES, save_family, token_sequences
 
 CPU = torch.device("cpu")
@@ -94,3 +95,18 @@ def test_a_gain_of_zero_keeps_its_channel_as_it_is():
     # The third gain would have become nothing in float16: it stays as well.
     assert block.input_layernorm.weight.tolist() == [0.0, 0.5, 2.0]
     assert block.input_layernorm.bias.tolist() == [1.0, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_values_that_are_cut_off_take_no_factors(tmp_path, clip):
+    """OLMoE's clip_qkv: what is cut off does not grow with what is before it."""
+    source = ModelSource(save_case(tmp_path / "m", "olmoe", clip_qkv=clip))
+    architecture = source.architecture
+    (inputs,) = embed(source, [token_sequences(2, 12)], batch_size=2, device=CPU, offload=True)
+    block = source.load_block(0)
+    before = inputs.through(block, 0).batches[0]
+    leaders = [group[0] for group in architecture.input_groups if can_fold(architecture, group[0])]
+    assert ("self_attn.o_proj" in leaders) is (clip is None)
+    for seed, leader in enumerate(leaders):
+        fold(block, architecture, leader, _factors(block, architecture, leader, seed))
+    torch.testing.assert_close(inputs.through(block, 0).batches[0], before, atol=2e-5, rtol=1e-4)
