@@ -67,7 +67,7 @@ def test_a_closed_folder_is_named(run, finished):
 
 
 @pytest.mark.parametrize(
-    ("at", "number", "code"), [(90, errno.ENOSPC, 3), (260, errno.EIO, 3), (320, errno.EACCES, 2), (400, errno.EMFILE, 3)]
+    ("at", "number", "code"), [(90, errno.ENOSPC, 3), (260, errno.EIO, 3), (321, errno.EACCES, 2), (418, errno.EMFILE, 3)]
 )
 def test_an_operation_that_fails_in_any_stage_ends_the_job_with_a_sentence_and_it_resumes(
     run, tmp_path, expected, at, number, code

@@ -27,7 +27,7 @@ def test_a_job_runs_its_stages_once_and_leaves_the_documented_folder(tmp_path):
     result = run(tmp_path, envelope=EVALUATED)
     assert journal(tmp_path) == ALL
     names = {path.name for path in job_dir(tmp_path).iterdir()}
-    written = {"recipe.yaml", "manifest.json", "metrics.jsonl", "certificate.json", "report.html", "tmp"}
+    written = {"recipe.yaml", "manifest.json", ".manifest.json.copy", "metrics.jsonl", "certificate.json", "report.html", "tmp"}
     assert names == written | {"config.json", "model.safetensors", "README.md"}
     assert {path.name for path in (job_dir(tmp_path) / "tmp").iterdir()} == {"calibration", "caliberation", "converted"}
     assert (job_dir(tmp_path) / "tmp" / "caliberation" / "2.json").is_file()

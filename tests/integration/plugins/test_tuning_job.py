@@ -76,7 +76,7 @@ class Place:
 
     def copied(self, folder):
         """The job as it stands, elsewhere; the recipe names the new place."""
-        shutil.copytree(self.folder, folder / "place")
+        shutil.copytree(self.folder, folder / "place", symlinks=True)
         other = Place(folder / "place")
         other.recipe.write_text(self.recipe.read_text().replace(str(self.folder), str(other.folder)))
         return other

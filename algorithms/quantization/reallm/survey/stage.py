@@ -52,6 +52,7 @@ def shaping(config: ReallmConfig) -> Mapping[str, object]:
         "permute": config.permute,
         "dtype": config.dtype,
         "seed": config.seed,
+        **({} if config.min_expert_tokens is None else {"min_expert_tokens": config.min_expert_tokens}),
         **config.decoder_shaping,
     }
 
@@ -79,7 +80,7 @@ def look(context: StageContext, config: ReallmConfig) -> Artifact:
                 for hidden in (states, judged):
                     hidden.advance(block, index)
             else:
-                hessians = _hessians(block, index, states, source.architecture, ranks)
+                hessians = _hessians(block, index, states, source.architecture, ranks, config.min_expert_tokens)
                 found = _measured(block, index, hessians, judged, config, ranks)
                 if ranks.is_main:
                     atomic_write_json(directory / _file(index), {name: part.to_json() for name, part in found.items()})
@@ -117,14 +118,19 @@ def choose(
 
 
 def _hessians(
-    block: nn.Module, index: int, states: Activations, architecture: ModelArchitecture, ranks: Ranks
+    block: nn.Module,
+    index: int,
+    states: Activations,
+    architecture: ModelArchitecture,
+    ranks: Ranks,
+    min_expert_tokens: int | None,
 ) -> dict[str, Tensor]:
     """The Hessian of every linear's input; the hidden states pass the block."""
     found: dict[str, Tensor] = {}
     groups = architecture.groups_in(block)
     leaders = {group[0]: block.get_submodule(group[0]).weight.shape[1] for group in groups}
     with BlockWalk(block, index, states, stops(groups, architecture)) as walk:
-        for group in walk.in_turn(groups, architecture, ranks):
+        for group in walk.in_turn(groups, architecture, ranks, min_expert_tokens):
             statistics = InputStatistics(leaders[group[0]], states.device)
             for batch in walk.next_stop():
                 statistics.update(batch)
