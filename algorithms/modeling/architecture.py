@@ -122,8 +122,9 @@ def _expanded_groups(groups: Sequence[tuple[str, ...]], count: int) -> Iterator[
 
 
 def _expanded(places: Mapping[str, str], count: int) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, other in places.items():
-        for number in range(count) if _EXPERT in name else ("",):
-            found[name.replace(_EXPERT, str(number))] = other.replace(_EXPERT, str(number))
-    return found
+    """Paths by path, for every expert."""
+    return {
+        name.replace(_EXPERT, str(number)): other.replace(_EXPERT, str(number))
+        for name, other in places.items()
+        for number in range(count if _EXPERT in name else 1)
+    }
